@@ -1,0 +1,80 @@
+"""Diagonal estimators in rotated coordinates: curvature and gradient noise of every coordinate.
+
+Notation: ``u = Q^T delta_grad``, ``w = Q^T delta_theta``; the averages below run over steps.
+
+``innovation`` keeps ``A = E[u^2]`` and scales by it: ``V = A``.
+
+``secant`` keeps ``A = E[u^2]``, ``B = E[w^2]``, ``C = E[u w]`` and regresses ``u = h w + noise``:
+
+    tau2 = mean B                     mean squared displacement of the tensor
+    hbar = sum |C| / sum B            its mean curvature
+    h    = (C + e hbar) / (B + e)     shrunk where a coordinate hardly moved against its noise
+    nu2  = max(0, A - 2 h C + h^2 B)  variance of the gradient noise
+    V    = nu2 + h^2 tau2             >= 0, and A where nothing moved yet
+    D    = sqrt(tau2 / V) = 1 / sqrt(h^2 + nu2 / tau2)    the inverse-Hessian estimate, positive
+
+The ridge ``e = (1 - beta2) (A - C^2 / B) / hbar^2 + 1e-6 tau2`` is the variance of the noise in the
+averages over that of the prior ``h ~ hbar``: with noise-free pairs it vanishes and ``h`` is exact.
+Clean pairs (nu2 -> 0) give the Newton scaling ``1 / |h|``; pure noise gives whitening by the centred
+gradient noise, as Adam's. Where noise dominates, ``C`` is biased, since past noise moved the
+parameters: ``h`` is then a scale, no curvature (``Butterfly.inverse_hessian`` says more).
+
+All quantities are computed relative to ``tau``, so that gradients up to 1e18 do not overflow.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Curvature(NamedTuple):
+    """What the secant regression found, in the shape of the rotated tensor.
+
+    Attributes:
+        slope: ``h * tau``, curvature times root mean squared displacement (gradient units).
+        noise: ``nu2``, variance of the gradient noise (squared gradient units).
+        tau: ``sqrt(tau2)``, 0-d (parameter units); 0 where nothing has moved.
+    """
+
+    slope: Tensor
+    noise: Tensor
+    tau: Tensor
+
+    @property
+    def energy(self) -> Tensor:
+        """``V = nu2 + h^2 tau2``, squared gradient units."""
+        return self.noise.addcmul(self.slope, self.slope)
+
+
+MIN_STEPS = 5
+"""Steps before the regression is believed; ``V = A`` until then."""
+
+
+def regress(
+    grad_sq: Tensor, disp_sq: Tensor, cross: Tensor, *, beta2: float, step: float | Tensor = MIN_STEPS + 1
+) -> Curvature:
+    """Computes ``h``, ``nu2`` and ``tau`` of the module's formulas.
+
+    Args:
+        grad_sq: ``A``, any shape.
+        disp_sq: ``B``, the same shape.
+        cross: ``C``, the same shape.
+        beta2: decay of the three averages; ``1 - beta2`` is the share of one pair in them.
+        step: steps so far; up to MIN_STEPS nothing counts as moved.
+    """
+    tiny = torch.finfo(grad_sq.dtype).tiny
+    tau2 = disp_sq.mean()
+    moved = (tau2 > tiny**0.75) & (step > MIN_STEPS)
+    tau = torch.where(moved, tau2.sqrt(), 0.0)
+    inverse = torch.where(moved, tau2.rsqrt(), 0.0)
+    b = disp_sq * inverse.square()
+    c = cross * inverse
+    mean_slope = c.abs().sum() / b.sum().clamp_min(tiny)
+    spread = (grad_sq - c.square() / (b + 1e-12)).clamp_min_(0)
+    # Relative to mean_slope first: the ratio is of order one where the squares may overflow.
+    ratio = spread.sqrt_().mul_(1 / mean_slope.clamp_min(tiny**0.5)).clamp_(max=1e6)
+    ridge = ratio.square_().mul_(1 - beta2).add_(1e-6)
+    slope = (c + ridge * mean_slope) / (b + ridge)
+    noise = (grad_sq - slope * (2 * c - slope * b)).clamp_min_(0)
+    return Curvature(slope, noise, tau)

@@ -1,0 +1,119 @@
+"""The running estimate of one tensor: its state, how a pair updates it, what it says.
+
+All averages live in the rotated basis, which is what saves rotations: a step rotates the gradient
+forth and the update back, and only a refit moves the averages to the new basis. The state is a plain
+dictionary of tensors and numbers, in the form that ``torch.optim.Optimizer.state`` keeps:
+
+    step          0-d, steps taken                 skipped      0-d, steps skipped as non-finite
+    calls         int, gradients seen              version      int, format of this state
+    signature     list, what the state was made for
+    mean_grad     gbar                             grad_sq      A = E[u^2]
+    displacement  s (secant)                       disp_sq, cross   B = E[w^2], C = E[u w] (secant)
+    angles{i}, angle_mean{i}, angle_square{i}      i-th rotated axis: angles and their averages
+    sketch{i}     (n_i, SKETCH_COLUMNS)            running sketch of its second moment
+    angle_steps   0-d, angle steps taken           energy       0-d, E[mean u^2] (same_batch)
+
+Memory: 2 numbers a coordinate with ``innovation``, 5 with ``secant``, and
+``1.5 depth num_stages + SKETCH_COLUMNS`` numbers for each index of a rotated axis.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from butterfly_opt.layout import TensorLayout
+from butterfly_opt.pairs import average_weight
+from butterfly_opt.refit import AngleState
+from butterfly_opt.sketch import random_signs, update_sketch_
+
+State = dict[str, Any]
+Weight = float | Tensor
+
+STATE_VERSION = 1
+SKETCH_COLUMNS = 8
+SKETCH_BETA = 0.9
+
+
+def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str) -> State:
+    """The state of a tensor before its first gradient."""
+    owner, dtype = layout.owner, layout.dtype
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=owner.device)
+
+    names = ["mean_grad", "grad_sq"]
+    if diagonal == "secant":
+        names += ["displacement", "disp_sq", "cross"]
+    if pairs == "same_batch":
+        names.remove("displacement")
+    state: State = {"version": STATE_VERSION, "calls": 0}
+    state |= {name: zeros() for name in ("step", "skipped", "angle_steps")}
+    state |= {name: zeros(*layout.shape) for name in names}
+    for axis, (dim, shape) in enumerate(zip(layout.rotated, layout.angles_shapes(depth), strict=True)):
+        state |= {f"{name}{axis}": zeros(*shape) for name in ("angles", "angle_mean", "angle_square")}
+        if pairs == "ema":
+            state[f"sketch{axis}"] = zeros(layout.shape[dim], SKETCH_COLUMNS)
+    if pairs == "same_batch":
+        state["energy"] = zeros()
+    return state
+
+
+def angle_states(state: State) -> list[AngleState]:
+    """Angles and averages of each rotated axis."""
+    found, axis = [], 0
+    while f"angles{axis}" in state:
+        found.append(AngleState(*(state[f"{name}{axis}"] for name in ("angles", "angle_mean", "angle_square"))))
+        axis += 1
+    return found
+
+
+def update_moments_(state: State, u: Tensor, w: Tensor | None, *, weight: Weight, pair_weight: Weight) -> None:
+    """Averages ``A``, and with ``w`` given ``B`` and ``C``, in place.
+
+    Args:
+        state: the state.
+        u: rotated delta_grad.
+        w: rotated delta_theta.
+        weight: weight of this value in ``A``.
+        pair_weight: its weight in ``B`` and ``C``.
+    """
+    _average_product_(state["grad_sq"], u, u, weight)
+    if w is not None:
+        _average_product_(state["disp_sq"], w, w, pair_weight)
+        _average_product_(state["cross"], u, w, pair_weight)
+
+
+def update_sketches_(
+    state: State, layout: TensorLayout, u: Tensor, *, seed: int, stream: int, weight: Weight
+) -> None:
+    """Takes ``u`` into the running sketch of each rotated axis, in the rotated basis.
+
+    The columns are weighted by ``mean(A)^(-1/4)`` along the axis, so that no few columns of large
+    gradients decide the basis of all (each enters ``Y Y^T`` by the root of its energy).
+    """
+    tiny = torch.finfo(u.dtype).tiny
+    for axis, dim in enumerate(layout.rotated):
+        sketch = state[f"sketch{axis}"]
+        matrix, energy = (u, state["grad_sq"]) if dim == 0 else (u.mT, state["grad_sq"].mT)
+        if u.dim() == 1:
+            matrix, energy = u[:, None], energy[:, None]
+        signs = random_signs(
+            matrix.shape[1], SKETCH_COLUMNS, seed=seed, stream=2 * stream + axis, step=state["calls"], device=u.device
+        )
+        scale = energy.mean(0).clamp_min_(tiny).pow_(-0.25)
+        update_sketch_(sketch, matrix, signs * scale[:, None], weight=weight)
+
+
+def pair_weights(step: Weight, betas: tuple[float, float]) -> tuple[Weight, Weight, Weight]:
+    """Weights of a new value in ``gbar``, in ``A``, and in ``B`` and ``C``, which start one step later."""
+    later = step.clamp_min(2) - 1 if isinstance(step, Tensor) else max(step - 1, 1)
+    return average_weight(betas[0], step), average_weight(betas[1], step), average_weight(betas[1], later)
+
+
+def _average_product_(average: Tensor, x: Tensor, y: Tensor, weight: Weight) -> None:
+    """``average <- (1 - weight) average + weight x y``."""
+    if isinstance(weight, Tensor):
+        average.mul_(1 - weight).addcmul_(x, y * weight)
+    else:
+        average.mul_(1 - weight).addcmul_(x, y, value=weight)

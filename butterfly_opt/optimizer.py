@@ -1,0 +1,370 @@
+"""The ``Butterfly`` optimizer: schedules and bookkeeping around ``update`` and ``refit``."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from butterfly_opt.backend import choose_backend
+from butterfly_opt.basis import Basis
+from butterfly_opt.estimate import STATE_VERSION, State, angle_states, new_state, update_moments_
+from butterfly_opt.layout import TensorLayout, axes_layout, flat_layout
+from butterfly_opt.operators import DirectSum, RotatedDiagonal
+from butterfly_opt.options import Options, check_parameter, validate
+from butterfly_opt.refit import (
+    AngleState,
+    pack_angles,
+    pack_axes,
+    pack_rows,
+    refit_pair_,
+    refit_sketch_,
+    unpack_angles_,
+    unpack_rows_,
+)
+from butterfly_opt.rotation import rotate
+from butterfly_opt.update import Stepped, TensorStep
+
+REFIT_WARMUP = 100
+"""First steps of a tensor, in each of which its basis is refitted: most of the fit happens there."""
+
+
+class Butterfly(Optimizer):
+    r"""Preconditions every step with ``Q diag(D) Q^T``, a butterfly rotation and a diagonal.
+
+    A drop-in for ``torch.optim.Adam``: each matrix of parameters gets an orthogonal basis of Givens
+    rotations, refitted online from secant pairs (change of parameters, change of gradient), and the
+    step is Adam's in that basis:
+
+        theta -= lr Q clip( Q^T gbar / (sqrt(V) + eps), +-max_update )
+
+    with ``gbar`` Adam's bias-corrected momentum and ``V`` the energy of curvature and noise in rotated
+    coordinates (``butterfly_opt.diagonal``). Source: M. Mathieu and Y. LeCun, "Fast Approximation of
+    Rotations and Hessians Matrices", arXiv:1404.7195 (2014).
+
+    Args:
+        params: parameters or parameter groups, as for every torch optimizer.
+        lr: learning rate, a number or a 0-d tensor. It means what Adam's means.
+        betas: decays of the averages behind the pairs (Adam's momentum) and of the squares.
+        eps: added to the denominator, gradient units.
+        weight_decay: decay coefficient; L2 (added to the gradient) unless ``decoupled_weight_decay``.
+        structure: "axes" rotates the two axes of every matrix (a convolution is out x everything else);
+            "flat" rotates the group as one vector, as in the paper.
+        depth: butterflies multiplied with one another on each axis.
+        diagonal: "secant" regresses gradient changes on parameter changes and keeps 5 numbers a
+            parameter; "innovation" keeps 2, as Adam.
+        pairs: "ema" takes the pairs from averages; "same_batch" calls the closure a second time after
+            the step, for clean pairs at the cost of a gradient.
+        scaling: "adam" makes a dimensionless step; "newton" makes the step ``lr D g`` in parameter units:
+            lr = 1 is a full quasi-Newton step, for full or large batches.
+        refit_every: steps between two refits of the basis (every step during the first 100).
+        refit_steps: angle steps in a refit.
+        refit_lr: length of an angle step in radians; it shrinks as the basis settles.
+        max_update: no rotated coordinate moves by more than ``lr * max_update`` in one step.
+        block_size: for "flat": a power of two, the length of independent blocks; None for one block.
+        decoupled_weight_decay: AdamW's decay.
+        maximize: ascend.
+        capturable: not implemented yet.
+        on_nonfinite: "skip" leaves out the step of a tensor whose gradient is not finite, and counts it;
+            "raise" raises.
+        stochastic_rounding: not implemented yet.
+        seed: seed of the random sketches.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        ValueError: for a hyper-parameter out of its bounds, naming it.
+        TypeError: for complex or integer parameters.
+        NotImplementedError: for what is not implemented yet, and for distributed or sparse parameters.
+
+    Cost, for an m x n matrix in float32: 8 bytes a parameter ("innovation") or 20 ("secant") and about
+    ``6 depth log2(n) + 32`` bytes for each row and column; two rotations a step and a refit, whose work
+    grows with ``m + n`` only.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        structure: str = "axes",
+        depth: int = 2,
+        diagonal: str = "secant",
+        pairs: str = "ema",
+        scaling: str = "adam",
+        refit_every: int = 10,
+        refit_steps: int = 4,
+        refit_lr: float = 0.06,
+        max_update: float = 3.0,
+        block_size: int | None = None,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        on_nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        defaults: Options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "structure": structure,
+            "depth": depth,
+            "diagonal": diagonal,
+            "pairs": pairs,
+            "scaling": scaling,
+            "refit_every": refit_every,
+            "refit_steps": refit_steps,
+            "refit_lr": refit_lr,
+            "max_update": max_update,
+            "block_size": block_size,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+            "on_nonfinite": on_nonfinite,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+            "backend": backend,
+        }
+        validate(cast(dict[str, Any], defaults))
+        self._bases: dict[Tensor, Basis] = {}
+        super().__init__(params, cast(dict[str, Any], defaults))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bases = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group after checking its hyper-parameters and parameters; see ``Optimizer``."""
+        validate({**self.defaults, **param_group})
+        params = param_group["params"]
+        if not isinstance(params, Tensor) and not isinstance(params, set):
+            param_group["params"] = params = list(params)
+        tensors = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
+        for param in tensors:
+            check_parameter(param)
+        merged = {**self.defaults, **param_group}
+        if merged["structure"] == "flat" and tensors:
+            flat_layout(tensors, merged["block_size"])
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state; its tensors keep their own dtype (float32) also beside bfloat16 parameters.
+
+        Raises:
+            ValueError: if the state was written in a format this version does not know.
+        """
+        for saved in state_dict["state"].values():
+            if saved.get("version", STATE_VERSION) != STATE_VERSION:
+                raise ValueError(
+                    f"this state has format version {saved['version']}, this Butterfly reads {STATE_VERSION}"
+                )
+        final: list[dict[str, Any]] = []
+        handle = self.register_load_state_dict_pre_hook(lambda _, incoming: final.append(incoming))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        self._restore_dtypes(final[-1])
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Undoes the cast of floating state to the parameters' dtype that torch makes on loading."""
+        ids = (i for group in state_dict["param_groups"] for i in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for saved_id, param in zip(ids, params, strict=True):
+            for key, value in state_dict["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    self.state[param][key] = value.detach().clone().to(param.device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Performs one optimization step.
+
+        Args:
+            closure: evaluates the model and returns the loss. With ``pairs="same_batch"`` it is required
+                and called a second time after the step, on the same batch.
+
+        Returns:
+            What the closure returned the first time.
+
+        Raises:
+            RuntimeError: for a sparse gradient, or if ``pairs="same_batch"`` has no closure.
+            FloatingPointError: for a non-finite gradient with ``on_nonfinite="raise"``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        waiting: list[tuple[TensorStep, Stepped]] = []
+        stream = 0
+        for group in self.param_groups:
+            taken = []
+            for layout in self._layouts(group):
+                stream += 1
+                tensor = self._prepare(group, layout)
+                if tensor is not None and self._grad_is_usable(tensor):
+                    grads = _gradients(layout)
+                    taken.append((tensor, tensor.take(grads, grad=tensor.gradient(grads), stream=stream)))
+            if group["pairs"] == "same_batch":
+                waiting += taken
+            else:
+                self._refit_sketches([tensor for tensor, _ in taken if _refit_is_due(tensor)], group)
+        if waiting:
+            self._learn_same_batch(closure, waiting)
+        return loss
+
+    def _layouts(self, group: dict[str, Any]) -> Iterator[TensorLayout]:
+        """The tensors of a group that have a gradient in this step."""
+        params = group["params"]
+        if group["structure"] == "flat":
+            if any(param.grad is not None for param in params):
+                yield flat_layout(params, group["block_size"])
+            return
+        for param in params:
+            if param.grad is not None:
+                yield axes_layout(param)
+
+    def _prepare(self, group: dict[str, Any], layout: TensorLayout) -> TensorStep | None:
+        """State (made at the first gradient) and basis of a tensor; None for an empty one."""
+        if not layout.owner.numel() and len(layout.params) == 1:
+            return None
+        for param in layout.params:
+            if param.grad is not None and param.grad.is_sparse:
+                raise RuntimeError("Butterfly does not support sparse gradients; use dense ones (sparse=False)")
+        state = self.state[layout.owner]
+        signature = _signature(group, layout)
+        if state.get("signature", signature) != signature:
+            warnings.warn(
+                f"a parameter group changed from {state['signature']} to {signature}: its estimate restarts",
+                stacklevel=4,
+            )
+            for key in [key for key in state if key in _own_keys(state)]:
+                del state[key]
+        if "signature" not in state:
+            fresh = new_state(layout, depth=group["depth"], diagonal=group["diagonal"], pairs=group["pairs"])
+            state.update(fresh, signature=signature)
+            self._bases.pop(layout.owner, None)
+        state["calls"] += 1
+        return TensorStep(layout, state, cast(Options, group), self._basis(group, layout, state))
+
+    def _basis(self, group: dict[str, Any], layout: TensorLayout, state: State) -> Basis:
+        if layout.owner not in self._bases:
+            axes = [(dim, angle.angles) for dim, angle in zip(layout.rotated, angle_states(state), strict=True)]
+            self._bases[layout.owner] = Basis(layout.shape, axes, choose_backend(group["backend"], layout.owner.device))
+        return self._bases[layout.owner]
+
+    def _grad_is_usable(self, tensor: TensorStep) -> bool:
+        """Whether all gradients and their squares are finite; counts the step as skipped if not."""
+        for param in tensor.layout.params:
+            if param.grad is None or not param.grad.numel():
+                continue
+            largest = torch.linalg.vector_norm(param.grad, float("inf")).float()
+            if not torch.isfinite(largest * largest):
+                if tensor.options["on_nonfinite"] == "raise":
+                    raise FloatingPointError(
+                        f"non-finite gradient (largest entry {largest.item()}) of a parameter of shape "
+                        f"{tuple(param.shape)}; on_nonfinite='skip' leaves such steps out"
+                    )
+                tensor.state["skipped"] += 1
+                return False
+        return True
+
+    def _rebase(self, tensor: TensorStep) -> None:
+        """Moves the averages from the basis of ``tensor`` to that of the current angles."""
+        layout, state = tensor.layout, tensor.state
+        del self._bases[layout.owner]
+        basis = self._basis(cast(dict[str, Any], tensor.options), layout, state)
+        for name in ("mean_grad", "displacement"):
+            if name in state:
+                state[name].copy_(basis.to_rotated(tensor.basis.from_rotated(state[name])))
+
+    def _refit_sketches(self, tensors: list[TensorStep], group: dict[str, Any]) -> None:
+        """Refits all axes of all due tensors of a group, packed into one butterfly a device and dtype."""
+        packs: dict[Any, list[tuple[Tensor, AngleState, Tensor]]] = defaultdict(list)
+        tensors = [tensor for tensor in tensors if tensor.layout.rotated]
+        for tensor in tensors:
+            for axis, angles in enumerate(angle_states(tensor.state)):
+                sketch = tensor.state[f"sketch{axis}"]
+                key = (sketch.device, sketch.dtype, sketch.shape[1], tensor.layout.stages)
+                packs[key].append((sketch, angles, tensor.state["angle_steps"]))
+        for axes in packs.values():
+            _refit_pack(axes, steps=group["refit_steps"], refit_lr=group["refit_lr"])
+        for tensor in tensors:
+            tensor.state["angle_steps"] += group["refit_steps"]
+            self._rebase(tensor)
+
+    def _learn_same_batch(
+        self, closure: Callable[[], Any] | None, waiting: list[tuple[TensorStep, Stepped]]
+    ) -> None:
+        """Evaluates the closure after the step and takes the clean pairs into the estimates."""
+        if closure is None:
+            raise RuntimeError("pairs='same_batch' needs step(closure): the gradient is evaluated again after the step")
+        with torch.enable_grad():
+            closure()
+        for tensor, stepped in waiting:
+            grads = _gradients(tensor.layout)
+            if not self._grad_is_usable(tensor):
+                continue
+            state, options = tensor.state, tensor.options
+            u = tensor.rotated(tensor.gradient(grads)).sub_(stepped.delta_grad)
+            update_moments_(state, u, stepped.written, weight=stepped.weight, pair_weight=stepped.weight)
+            if tensor.layout.rotated and _refit_is_due(tensor):
+                axes = list(zip(tensor.layout.rotated, angle_states(state), strict=True))
+                refit_pair_(
+                    tensor.basis.from_rotated(u),
+                    tensor.basis.from_rotated(stepped.written),
+                    axes,
+                    grad_sq=state["grad_sq"],
+                    disp_sq=state["disp_sq"],
+                    steps=options["refit_steps"],
+                    refit_lr=options["refit_lr"],
+                    taken=state["angle_steps"],
+                )
+                state["angle_steps"] += options["refit_steps"]
+                self._rebase(tensor)
+
+
+def _gradients(layout: TensorLayout) -> list[Tensor | None]:
+    return [param.grad for param in layout.params]
+
+
+def _refit_is_due(tensor: TensorStep) -> bool:
+    calls, options = tensor.state["calls"], tensor.options
+    return options["refit_steps"] > 0 and (calls <= REFIT_WARMUP or calls % options["refit_every"] == 0)
+
+
+def _signature(group: dict[str, Any], layout: TensorLayout) -> list[Any]:
+    """What the state of a tensor is made for; any change restarts it."""
+    names = ("structure", "block_size", "depth", "diagonal", "pairs")
+    return [*(group[name] for name in names), [list(param.shape) for param in layout.params]]
+
+
+def _own_keys(state: State) -> Iterable[str]:
+    """Keys of ours in a state that may hold keys of others (hooks)."""
+    return [key for key, value in state.items() if isinstance(value, Tensor) or key in ("version", "calls", "signature")]
+
+
+def _refit_pack(axes: list[tuple[Tensor, AngleState, Tensor]], *, steps: int, refit_lr: float) -> None:
+    """Refits axes (sketch in rotated coordinates, angles, angle steps taken) together, in place."""
+    sketches, states, taken = zip(*axes, strict=True)
+    packing = pack_axes([sketch.shape[0] for sketch in sketches])
+    packed = AngleState(*(pack_angles(packing, parts) for parts in zip(*states, strict=True)))
+    counts = pack_angles(packing, [count.expand_as(state.angles) for count, state in zip(taken, states, strict=True)])
+    owned = pack_angles(packing, [torch.ones_like(state.angles) for state in states])
+    scales = [sketch.square().mean().sqrt().clamp_min(torch.finfo(sketch.dtype).tiny) for sketch in sketches]
+    unit = pack_rows(packing, [sketch / scale for sketch, scale in zip(sketches, scales, strict=True)])
+    refitted = refit_sketch_(
+        rotate(unit, packed.angles, dim=0), packed, steps=steps, refit_lr=refit_lr, taken=counts, owned=owned
+    )
+    for parts, whole in zip(zip(*states, strict=True), packed, strict=True):
+        unpack_angles_(packing, whole, parts)
+    unpack_rows_(packing, refitted, sketches)
+    for sketch, scale in zip(sketches, scales, strict=True):
+        sketch.mul_(scale)

@@ -1,0 +1,186 @@
+"""Refitting the angles: one gradient step on a criterion that is smallest in the eigenbasis.
+
+The criterion of a basis is ``E[y' P y + s' P^-1 s]`` at its best diagonal ``P = Q diag(D) Q^T``. With
+``u = Q^T y``, ``w = Q^T s``, ``A = E[u^2]``, ``B = E[w^2]``:
+
+    two-sided (clean pairs)   2 sum sqrt(A B)     dL/du = D u,  dL/dw = w / D,  D = sqrt(B / A)
+    one-sided (noisy pairs)   2 sum sqrt(A)       dL/du = u / sqrt(A)           s taken as isotropic
+
+Along an optimisation path ``s`` is far from isotropic: with clean pairs only the two-sided form ends
+in the eigenbasis, and there every single pair has gradient zero.
+
+Angle steps are Adam's, in radians, on gradients made dimensionless: a step is about ``refit_lr`` per
+angle whatever the scale of the loss, and ``ANGLE_EPS`` keeps rounding from being amplified to a full
+step. The step length shrinks with the number of steps (``settling_rate``).
+
+Many axes at once: ``pack_axes`` lays axes of any lengths behind one another, each starting at a
+multiple of its own power of two. A stage with stride 2**l then pairs ``(i, i + 2**l)`` everywhere:
+the whole collection is *one* butterfly, rotated and refitted with one sequence of operations.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from butterfly_opt.rotation import angle_gradient, num_stages, rotate
+
+ANGLE_BETAS = (0.9, 0.99)
+ANGLE_EPS = 1e-4
+SETTLING_STEPS = 800
+
+
+class AngleState(NamedTuple):
+    """The angles of one axis (or of a pack) and the averages of their gradients, all of one shape."""
+
+    angles: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+def settling_rate(refit_lr: float, angle_steps: Tensor) -> Tensor:
+    """Step length ``refit_lr / (1 + angle_steps / SETTLING_STEPS)``: it shrinks as the basis settles."""
+    return refit_lr / (1 + angle_steps / SETTLING_STEPS)
+
+
+def one_sided_residual(u: Tensor) -> Tensor:
+    """Loss gradient ``u / sqrt(A) / k`` for columns ``u`` of shape ``(n, k)``, ``A`` their mean square."""
+    grad_sq = u.square().mean(-1, keepdim=True)
+    return u * (grad_sq.clamp_min(torch.finfo(u.dtype).tiny).rsqrt() / u.shape[-1])
+
+
+def two_sided_residual(u: Tensor, w: Tensor, grad_sq: Tensor, disp_sq: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss gradients ``(D u, w / D)`` with ``D = sqrt(B / A)``, all of one shape; 0 where A or B is 0."""
+    known = (grad_sq > 0) & (disp_sq > 0)
+    scale = torch.where(known, (disp_sq / grad_sq).sqrt(), 0.0)
+    return scale * u, torch.where(known, w / scale, 0.0)
+
+
+def step_angles_(state: AngleState, gradient: Tensor, *, refit_lr: float, taken: Tensor) -> None:
+    """One Adam step on the angles, in place.
+
+    Args:
+        state: angles and averages.
+        gradient: dimensionless gradient, of the shape of the angles.
+        refit_lr: length of the first step in radians.
+        taken: number of angle steps taken before; 0-d, or broadcast to the angles.
+    """
+    beta1, beta2 = ANGLE_BETAS
+    state.mean.lerp_(gradient, 1 - beta1)
+    state.square.lerp_(gradient.square(), 1 - beta2)
+    scale = (state.square / (1 - beta2 ** (taken + 1))).sqrt_().add_(ANGLE_EPS)
+    rate = settling_rate(refit_lr, taken) / (1 - beta1 ** (taken + 1))
+    state.angles.sub_(state.mean / scale * rate)
+
+
+def refit_sketch_(
+    sketch: Tensor, state: AngleState, *, steps: int, refit_lr: float, taken: Tensor, owned: Tensor | None = None
+) -> Tensor:
+    """Fits the angles of an axis, or of a pack of axes, to a sketch with the one-sided criterion.
+
+    Args:
+        sketch: ``Z`` in the *original* coordinates, ``(n, k)``, of unit scale.
+        state: angles and averages, updated in place.
+        steps: angle steps.
+        refit_lr: length of the first step in radians.
+        taken: number of angle steps taken before these; 0-d, or of the shape of the angles.
+        owned: 1 at the slots of a pack that belong to one of its axes, 0 at those between two axes.
+
+    Returns:
+        ``Q^T Z`` in the new basis.
+
+    Cost: ``steps`` times three rotations of k columns.
+    """
+    for step in range(steps):
+        u = rotate(sketch, state.angles, dim=0, transpose=True)
+        gradient = angle_gradient(u, one_sided_residual(u), state.angles, dim=0)
+        if owned is not None:
+            gradient.mul_(owned)
+        step_angles_(state, gradient, refit_lr=refit_lr, taken=taken + step)
+    return rotate(sketch, state.angles, dim=0, transpose=True)
+
+
+def refit_pair_(
+    delta_grad: Tensor,
+    delta_theta: Tensor,
+    axes: Sequence[tuple[int, AngleState]],
+    *,
+    grad_sq: Tensor,
+    disp_sq: Tensor,
+    steps: int,
+    refit_lr: float,
+    taken: Tensor,
+) -> None:
+    """Fits the angles of all axes of a tensor to one clean pair with the two-sided criterion, in place.
+
+    Args:
+        delta_grad: ``y`` in the original coordinates, any shape.
+        delta_theta: ``s``, the same shape.
+        axes: rotated dimensions with their angles and averages.
+        grad_sq: ``A``, the same shape, in rotated coordinates.
+        disp_sq: ``B``, the same shape.
+        steps: angle steps.
+        refit_lr: length of the first step in radians.
+        taken: number of angle steps taken before these, 0-d.
+    """
+    for step in range(steps):
+        u, w = delta_grad, delta_theta
+        for dim, state in axes:
+            u = rotate(u, state.angles, dim=dim, transpose=True)
+            w = rotate(w, state.angles, dim=dim, transpose=True)
+        grad_u, grad_w = two_sided_residual(u, w, grad_sq, disp_sq)
+        scale = (u.square().sum() * grad_u.square().sum()).sqrt().clamp_min(torch.finfo(u.dtype).tiny)
+        for dim, state in axes:
+            gradient = angle_gradient(u, grad_u, state.angles, dim=dim)
+            gradient += angle_gradient(w, grad_w, state.angles, dim=dim)
+            step_angles_(state, gradient / scale * u.shape[dim], refit_lr=refit_lr, taken=taken + step)
+
+
+class Packing(NamedTuple):
+    """Where each axis of a pack starts, the length of the pack and its number of stages."""
+
+    offsets: tuple[int, ...]
+    total: int
+    stages: int
+
+
+def pack_axes(lengths: Sequence[int]) -> Packing:
+    """Places axes behind one another, longest first, each on room for its power of two.
+
+    Sorted so, each starts at a multiple of its own width. The room between two axes stays empty:
+    a coordinate paired with it has a zero partner, hence a zero gradient.
+    """
+    offsets, end = [0] * len(lengths), 0
+    for axis in sorted(range(len(lengths)), key=lambda axis: -num_stages(lengths[axis])):
+        offsets[axis] = end
+        end += 1 << num_stages(lengths[axis])
+    return Packing(tuple(offsets), end, max(map(num_stages, lengths), default=0))
+
+
+def pack_rows(packing: Packing, parts: Sequence[Tensor]) -> Tensor:
+    """Copies ``(n_i, k)`` tensors to their places in one ``(total, k)`` tensor; zeros between them."""
+    packed = parts[0].new_zeros(packing.total, parts[0].shape[1])
+    for part, offset in zip(parts, packing.offsets, strict=True):
+        packed[offset : offset + part.shape[0]] = part
+    return packed
+
+
+def unpack_rows_(packing: Packing, packed: Tensor, parts: Sequence[Tensor]) -> None:
+    """The inverse of ``pack_rows``: writes into ``parts``."""
+    for part, offset in zip(parts, packing.offsets, strict=True):
+        part.copy_(packed[offset : offset + part.shape[0]])
+
+
+def pack_angles(packing: Packing, parts: Sequence[Tensor]) -> Tensor:
+    """Copies ``(depth, num_stages_i, n_i // 2)`` tensors to their slots in one such tensor of the pack."""
+    packed = parts[0].new_zeros(parts[0].shape[0], packing.stages, packing.total // 2)
+    for part, offset in zip(parts, packing.offsets, strict=True):
+        packed[:, : part.shape[1], offset // 2 : offset // 2 + part.shape[2]] = part
+    return packed
+
+
+def unpack_angles_(packing: Packing, packed: Tensor, parts: Sequence[Tensor]) -> None:
+    """The inverse of ``pack_angles``: writes into ``parts``."""
+    for part, offset in zip(parts, packing.offsets, strict=True):
+        part.copy_(packed[:, : part.shape[1], offset // 2 : offset // 2 + part.shape[2]])

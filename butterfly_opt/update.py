@@ -1,0 +1,146 @@
+"""One step of one tensor, from its gradients to the parameters: no optimizer, no schedule.
+
+With ``u, w`` the rotated pair, ``V`` the diagonal estimate (``diagonal``) and ``kappa = max_update``:
+
+    scaling "adam"     theta -= lr Q clip( Q^T gbar / (sqrt(V) + eps), +-kappa )     dimensionless
+    scaling "newton"   theta -= lr Q clip( D Q^T g, +-kappa ),  D = tau / sqrt(V)    parameter units
+
+The clip matters: ``V`` holds the energy of innovations only, and on a constant gradient they vanish.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from butterfly_opt.basis import Basis
+from butterfly_opt.diagonal import regress
+from butterfly_opt.estimate import SKETCH_BETA, State, Weight, pair_weights, update_moments_, update_sketches_
+from butterfly_opt.layout import TensorLayout
+from butterfly_opt.options import Options
+from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
+
+MAX_ROTATED_GRAD = 1e18
+"""Rotated gradients are cut here: their squares, summed over a tensor, stay finite in float32."""
+
+INITIAL_STEP = 1e-3
+"""Root mean square displacement assumed by ``newton`` before any is known (parameter units)."""
+
+
+class Stepped(NamedTuple):
+    """What a step leaves for the estimate."""
+
+    delta_grad: Tensor
+    written: Tensor
+    weight: Weight
+
+
+@dataclass(frozen=True)
+class TensorStep:
+    """One tensor with everything a step needs to read or write."""
+
+    layout: TensorLayout
+    state: State
+    options: Options
+    basis: Basis
+
+    def gradient(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """The gradient as one tensor, with L2 decay and ``maximize``; missing ones have no innovation."""
+        options, params = self.options, self.layout.params
+        if any(grad is None for grad in grads):
+            means = self.layout.scatter(self.basis.from_rotated(self.state["mean_grad"]))
+            grads = [mean if grad is None else grad for grad, mean in zip(grads, means, strict=True)]
+        grad = self.layout.gather([grad for grad in grads if grad is not None])
+        if options["maximize"]:
+            grad = -grad
+        if options["weight_decay"] and not options["decoupled_weight_decay"]:
+            grad = grad.add(self.layout.gather([p.detach() for p in params]), alpha=options["weight_decay"])
+        return grad
+
+    def rotated(self, grad: Tensor) -> Tensor:
+        """``Q^T g``, a new tensor."""
+        return self.basis.to_rotated(grad).clamp(-MAX_ROTATED_GRAD, MAX_ROTATED_GRAD)
+
+    def normalizer(self) -> tuple[Tensor, Tensor | None]:
+        """``sqrt(V)`` in gradient units, and ``tau`` in parameter units (None for ``innovation``)."""
+        state, options = self.state, self.options
+        if options["diagonal"] == "innovation":
+            return state["grad_sq"].sqrt(), None
+        found = regress(
+            state["grad_sq"], state["disp_sq"], state["cross"], beta2=options["betas"][1], step=state["step"]
+        )
+        energy = found.energy
+        if "energy" in state and options["scaling"] == "adam":
+            # Clean pairs say how curvature is distributed; the size of the gradient itself sets the scale.
+            tiny = torch.finfo(energy.dtype).tiny
+            energy = torch.where(found.tau > 0, energy * (state["energy"] / energy.mean().clamp_min(tiny)), state["energy"])
+        return energy.sqrt_(), found.tau
+
+    def direction(self, rotated_grad: Tensor) -> Tensor:
+        """The rotated update, to be multiplied by ``-lr``; no entry exceeds ``max_update``."""
+        options = self.options
+        scale, tau = self.normalizer()
+        scale.add_(options["eps"]).clamp_min_(torch.finfo(scale.dtype).tiny)
+        limit = options["max_update"]
+        if options["scaling"] == "adam":
+            return (self.state["mean_grad"] / scale).clamp_(-limit, limit)
+        assert tau is not None
+        step = torch.where(tau > 0, tau, INITIAL_STEP)
+        return (rotated_grad / scale).mul_(step).clamp_(-limit, limit)
+
+    def write(self, delta: Tensor, grads: Sequence[Tensor | None], *, track: bool) -> Tensor:
+        """Adds the rotated update ``delta`` to the parameters.
+
+        Returns:
+            What was written, rotated. Without decoupled decay and in float32 and float64 that is
+            ``delta`` up to rounding, and nothing is rotated a second time.
+        """
+        options, params = self.options, self.layout.params
+        decay = options["weight_decay"] if options["decoupled_weight_decay"] else 0.0
+        partial = any(grad is None for grad in grads)
+        exact = not (decay or partial) and self.layout.dtype == self.layout.owner.dtype
+        changes: list[Tensor] = []
+        for param, update, grad in zip(params, self.layout.scatter(self.basis.from_rotated(delta)), grads, strict=True):
+            before = param.detach().clone() if track and not exact else None
+            if grad is not None:
+                if decay:
+                    param.mul_(1 - options["lr"] * decay)
+                param.add_(update)
+            if before is not None:
+                changes.append(param.to(self.layout.dtype) - before.to(self.layout.dtype))
+        return self.basis.to_rotated(self.layout.gather(changes)) if changes else delta
+
+    def freeze_missing(self, grads: Sequence[Tensor | None]) -> None:
+        """Sets the displacement of parameters without gradient to zero: their pairs are (0, 0)."""
+        displacement = self.state.get("displacement")
+        if displacement is None or all(grad is not None for grad in grads):
+            return
+        parts = self.layout.scatter(self.basis.from_rotated(displacement))
+        kept = [part if grad is not None else torch.zeros_like(part) for part, grad in zip(parts, grads, strict=True)]
+        displacement.copy_(self.basis.to_rotated(self.layout.gather(kept)))
+
+    def take(self, grads: Sequence[Tensor | None], *, grad: Tensor, stream: int) -> Stepped:
+        """The step: averages, moments (pairs "ema"), direction, write. ``grad`` is ``gradient(grads)``."""
+        state, options = self.state, self.options
+        own_pairs = options["pairs"] == "ema"
+        if own_pairs:
+            self.freeze_missing(grads)
+        state["step"] += 1
+        first, second, third = pair_weights(state["step"].item(), options["betas"])
+        rotated = self.rotated(grad)
+        delta_grad = update_mean_grad_(state["mean_grad"], rotated, first)
+        if own_pairs:
+            update_moments_(state, delta_grad, state.get("displacement"), weight=second, pair_weight=third)
+        else:
+            state["energy"].lerp_(rotated.square().mean(), second)
+        delta = self.direction(rotated).mul_(-options["lr"])
+        written = self.write(delta, grads, track=options["diagonal"] == "secant")
+        if own_pairs:
+            if "displacement" in state:
+                advance_displacement_(state["displacement"], written, first)
+            update_sketches_(
+                state, self.layout, delta_grad, seed=options["seed"], stream=stream, weight=max(1 - SKETCH_BETA, first)
+            )
+        return Stepped(rotated, written, second)

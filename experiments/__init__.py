@@ -1,0 +1,1 @@
+"""Training runs and optimizer comparisons; see `experiments.train` and `experiments.sweep`."""

@@ -9,9 +9,11 @@ dictionary of tensors and numbers, in the form that ``torch.optim.Optimizer.stat
     signature     list, what the state was made for
     mean_grad     gbar                             grad_sq      A = E[u^2]
     displacement  s (secant)                       disp_sq, cross   B = E[w^2], C = E[u w] (secant)
-    angles{i}, angle_mean{i}, angle_square{i}      i-th rotated axis: angles and their averages
-    sketch{i}     (n_i, SKETCH_COLUMNS)            running sketch of its second moment
-    angle_steps   0-d, angle steps taken           energy       0-d, E[mean u^2] (same_batch)
+    angles{i}     angles of the i-th rotated axis  angle_steps  0-d, angle steps taken
+    angle_mean{i}, angle_square{i}                 averages of their gradients (ema)
+    sketch{i}     (n_i, SKETCH_COLUMNS)            running sketch of its second moment (ema)
+    angle_curvature{i}                             average of their curvatures (same_batch)
+    energy        0-d, E[mean u^2] (same_batch)
 
 Memory: 2 numbers a coordinate with ``innovation``, 5 with ``secant``, and
 ``1.5 depth num_stages + SKETCH_COLUMNS`` numbers for each index of a rotated axis.
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from butterfly_opt.layout import TensorLayout
 from butterfly_opt.pairs import average_weight
-from butterfly_opt.refit import AngleState
+from butterfly_opt.refit import CURVATURE_BETA, AngleState, refit_pair_, two_sided_scale
 from butterfly_opt.sketch import random_signs, update_sketch_
 
 State = dict[str, Any]
@@ -50,8 +52,9 @@ def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str) ->
     state: State = {"version": STATE_VERSION, "calls": 0}
     state |= {name: zeros() for name in ("step", "skipped", "angle_steps")}
     state |= {name: zeros(*layout.shape) for name in names}
+    angle_names = ("angles", "angle_mean", "angle_square") if pairs == "ema" else ("angles", "angle_curvature")
     for axis, (dim, shape) in enumerate(zip(layout.rotated, layout.angles_shapes(depth), strict=True)):
-        state |= {f"{name}{axis}": zeros(*shape) for name in ("angles", "angle_mean", "angle_square")}
+        state |= {f"{name}{axis}": zeros(*shape) for name in angle_names}
         if pairs == "ema":
             state[f"sketch{axis}"] = zeros(layout.shape[dim], SKETCH_COLUMNS)
     if pairs == "same_batch":
@@ -59,13 +62,35 @@ def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str) ->
     return state
 
 
-def angle_states(state: State) -> list[AngleState]:
-    """Angles and averages of each rotated axis."""
-    found, axis = [], 0
-    while f"angles{axis}" in state:
-        found.append(AngleState(*(state[f"{name}{axis}"] for name in ("angles", "angle_mean", "angle_square"))))
-        axis += 1
-    return found
+def rotated_axes(layout: TensorLayout, state: State) -> list[tuple[int, Tensor]]:
+    """The rotated dimensions with their angles."""
+    return [(dim, state[f"angles{axis}"]) for axis, dim in enumerate(layout.rotated)]
+
+
+def angle_states(layout: TensorLayout, state: State) -> list[AngleState]:
+    """Angles and averages of each rotated axis (pairs "ema")."""
+    names = ("angles", "angle_mean", "angle_square")
+    return [AngleState(*(state[f"{name}{axis}"] for name in names)) for axis in range(len(layout.rotated))]
+
+
+def learn_pair_(layout: TensorLayout, state: State, u: Tensor, w: Tensor, *, weight: Weight, refit: bool) -> None:
+    """Takes one clean pair into the moments and, if ``refit``, into the angles (pairs "same_batch").
+
+    Args:
+        layout: the tensor.
+        state: its state.
+        u: rotated delta_grad.
+        w: rotated delta_theta.
+        weight: weight of this pair in the moments.
+        refit: whether to move the angles; the basis of ``state`` is another one afterwards.
+    """
+    update_moments_(state, u, w, weight=weight, pair_weight=weight)
+    if not refit:
+        return
+    state["angle_steps"] += 1
+    axes = [(dim, angles, state[f"angle_curvature{axis}"]) for axis, (dim, angles) in enumerate(rotated_axes(layout, state))]
+    newest = average_weight(CURVATURE_BETA, state["angle_steps"])
+    refit_pair_(u, w, axes, scale=two_sided_scale(state["grad_sq"], state["disp_sq"]), weight=newest)
 
 
 def update_moments_(state: State, u: Tensor, w: Tensor | None, *, weight: Weight, pair_weight: Weight) -> None:

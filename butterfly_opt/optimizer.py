@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from butterfly_opt.backend import choose_backend
 from butterfly_opt.basis import Basis
-from butterfly_opt.estimate import STATE_VERSION, State, angle_states, new_state, update_moments_
+from butterfly_opt.estimate import STATE_VERSION, State, angle_states, learn_pair_, new_state, rotated_axes
 from butterfly_opt.layout import TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
 from butterfly_opt.options import Options, check_parameter, validate
@@ -20,7 +20,6 @@ from butterfly_opt.refit import (
     pack_angles,
     pack_axes,
     pack_rows,
-    refit_pair_,
     refit_sketch_,
     unpack_angles_,
     unpack_rows_,
@@ -256,7 +255,7 @@ class Butterfly(Optimizer):
 
     def _basis(self, group: dict[str, Any], layout: TensorLayout, state: State) -> Basis:
         if layout.owner not in self._bases:
-            axes = [(dim, angle.angles) for dim, angle in zip(layout.rotated, angle_states(state), strict=True)]
+            axes = rotated_axes(layout, state)
             self._bases[layout.owner] = Basis(layout.shape, axes, choose_backend(group["backend"], layout.owner.device))
         return self._bases[layout.owner]
 
@@ -290,7 +289,7 @@ class Butterfly(Optimizer):
         packs: dict[Any, list[tuple[Tensor, AngleState, Tensor]]] = defaultdict(list)
         tensors = [tensor for tensor in tensors if tensor.layout.rotated]
         for tensor in tensors:
-            for axis, angles in enumerate(angle_states(tensor.state)):
+            for axis, angles in enumerate(angle_states(tensor.layout, tensor.state)):
                 sketch = tensor.state[f"sketch{axis}"]
                 key = (sketch.device, sketch.dtype, sketch.shape[1], tensor.layout.stages)
                 packs[key].append((sketch, angles, tensor.state["angle_steps"]))
@@ -312,22 +311,10 @@ class Butterfly(Optimizer):
             grads = _gradients(tensor.layout)
             if not self._grad_is_usable(tensor):
                 continue
-            state, options = tensor.state, tensor.options
             u = tensor.rotated(tensor.gradient(grads)).sub_(stepped.delta_grad)
-            update_moments_(state, u, stepped.written, weight=stepped.weight, pair_weight=stepped.weight)
-            if tensor.layout.rotated and _refit_is_due(tensor):
-                axes = list(zip(tensor.layout.rotated, angle_states(state), strict=True))
-                refit_pair_(
-                    tensor.basis.from_rotated(u),
-                    tensor.basis.from_rotated(stepped.written),
-                    axes,
-                    grad_sq=state["grad_sq"],
-                    disp_sq=state["disp_sq"],
-                    steps=options["refit_steps"],
-                    refit_lr=options["refit_lr"],
-                    taken=state["angle_steps"],
-                )
-                state["angle_steps"] += options["refit_steps"]
+            refit = bool(tensor.layout.rotated) and _refit_is_due(tensor)
+            learn_pair_(tensor.layout, tensor.state, u, stepped.written, weight=stepped.weight, refit=refit)
+            if refit:
                 self._rebase(tensor)
 
 

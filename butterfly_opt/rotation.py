@@ -132,6 +132,48 @@ def angle_gradient(u: Tensor, grad_u: Tensor, angles: Tensor, *, dim: int = -1) 
     return gradient
 
 
+def angle_curvature(u: Tensor, grad_u: Tensor, weights: Tensor, angles: Tensor, *, dim: int = -1) -> Tensor:
+    """Second derivatives of ``L = 1/2 sum weights u^2``, ``u = Q^T y``, with respect to each angle.
+
+    With ``W`` the quadratic form of ``L`` at the outputs ``(lo, hi)`` of a stage, a second derivative is
+    ``W_lo hi^2 + W_hi lo^2 - lo grad_lo - hi grad_hi``. The diagonal of ``W`` is carried back through the
+    stages by squared cosines and sines, which is exact for depth 1, where every entry of ``Q`` is a
+    single path; the off-diagonal entry of a pair is left out.
+
+    Args:
+        u: rotated vectors.
+        grad_u: ``weights * u``.
+        weights: non-negative, the shape of ``u``.
+        angles: ``(*batch, depth, num_stages, n // 2)``.
+        dim: the rotated axis.
+
+    Returns:
+        The curvatures, of the shape of ``angles``, summed over all other dimensions of ``u``.
+
+    Cost: three rotations.
+    """
+    both = torch.stack((_to_columns(u, angles, dim), _to_columns(grad_u, angles, dim)))
+    form = _to_columns(weights, angles, dim)
+    cos, sin = angles.cos(), angles.sin()
+    curvature = torch.zeros_like(angles)
+    depth, stages, _ = angles.shape[-3:]
+    for butterfly in reversed(range(depth)):
+        for stage in reversed(range(stages)):
+            c, s = cos[..., butterfly, stage, :], sin[..., butterfly, stage, :]
+            out = curvature[..., butterfly, stage, :]
+            for ((lo, hi), slots, pairs), ((w_lo, w_hi), _, _) in zip(
+                _stage_pairs(both, stage), _stage_pairs(form, stage), strict=True
+            ):
+                moment = w_lo * hi[0].square() + w_hi * lo[0].square() - lo[0] * lo[1] - hi[0] * hi[1]
+                out[..., slots] = moment.sum(-1).sum(angles.dim() - 3).reshape(*out.shape[:-1], pairs.numel())
+                keep = c[..., slots].square().reshape(*c.shape[:-1], 1, *pairs, 1)
+                swapped = (w_lo - w_hi) * (1 - keep)
+                w_lo -= swapped
+                w_hi += swapped
+            _turn_(both, c, s, stage)
+    return curvature
+
+
 def dense_rotation(angles: Tensor, n: int) -> Tensor:
     """The matrix ``Q``, for inspection: ``(*batch, n, n)``, in the dtype of ``angles``.
 

@@ -75,7 +75,7 @@ class NullRecorder:
 
 
 def flatten_numbers(nested: Any, prefix: str = "") -> dict[str, float]:
-    """Flattens nested mappings to {"a/b": number}; what is no finite or infinite plain number is left out."""
+    """Flattens nested mappings to {"a/b": number}; what is no plain number is left out."""
     if isinstance(nested, Mapping):
         flat: dict[str, float] = {}
         for key, value in nested.items():
@@ -169,9 +169,7 @@ def _check_finite(rows: Sequence[Row], recorder: Recorder) -> None:
     for index, row in enumerate(rows):
         if not math.isfinite(row.train_loss):
             recorder.add_rows(rows[: index + 1])
-            raise DivergedError(
-                f"the training loss became {row.train_loss} at step {row.step}; try a lower optimizer.lr"
-            )
+            raise DivergedError(f"the loss became {row.train_loss} at step {row.step}; try a lower optimizer.lr")
 
 
 def _add_diagnostics(trainer: Trainer, recorder: Recorder) -> None:

@@ -160,7 +160,7 @@ def draw_curves(rows: Sequence[Mapping[str, str]], file: IO[bytes], *, title: st
     """Draws train and test loss (log scale), and the test accuracy where there is one, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter
 
     accuracy_steps, accuracy = _column(rows, "test_accuracy")
     panels = 2 if accuracy else 1
@@ -176,6 +176,10 @@ def draw_curves(rows: Sequence[Mapping[str, str]], file: IO[bytes], *, title: st
     test_steps, test_losses = _column(rows, "test_loss")
     axes[0].plot(test_steps, test_losses, color="tab:orange", marker="o", markersize=3.5, label="test")
     axes[0].set(ylabel="loss (log scale)", title="Loss", yscale="log")
+    # Ticks at 1, 2 and 5: a loss often spans less than a decade, where powers of ten say little.
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[0].legend(frameon=False)
     if accuracy:
         axes[1].plot(accuracy_steps, accuracy, color="tab:green", marker="o", markersize=3.5)

@@ -29,7 +29,8 @@ class Classification:
 
     def prepare(self, images: Tensor) -> Tensor:
         """Raw uint8 (N, C, H, W) to the float32 input of the model."""
-        return (images.float() - self.mean) / self.deviation
+        centred: Tensor = images.float() - self.mean
+        return centred / self.deviation
 
     def loss(self, output: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean over the batch."""
@@ -37,7 +38,8 @@ class Classification:
 
     def num_correct(self, output: Tensor, targets: Tensor) -> Tensor:
         """Number of images whose largest output is their class, a scalar tensor."""
-        return (output.argmax(1) == targets).sum()
+        hits: Tensor = output.argmax(1) == targets
+        return hits.sum()
 
 
 class Reconstruction:

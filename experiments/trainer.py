@@ -77,7 +77,7 @@ class Trainer:
         inputs = self.task.prepare(self.data.train.images[indices])
         self.optimizer.zero_grad()
         loss = self.task.loss(self.model(inputs), inputs, self.data.train.targets[indices])
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1

@@ -42,6 +42,9 @@ LONG_RUN = 128
 GOOD_TILE = 8192
 """Elements up to which sharing the angles among more slices pays: two programs fit a multiprocessor."""
 
+SMALL_TILE = 1024
+"""Elements below which a tile is not kept small for the sake of more programs: 2 warps of 16 a lane."""
+
 MIN_PROGRAMS = 264
 """Programs below which tiles are kept small: two for each of the 132 multiprocessors of an H200."""
 
@@ -226,7 +229,7 @@ def choose_tile(
         shape: ``(batch, pre, n, post)``, all >= 1.
         stages: consecutive stages as given by ``stage_passes``.
         reduces: the kernel sums what belongs to one angle, so a run must not mix several angles
-            with several columns.
+            with several columns; two tensors are held, in tiles of half the size where that is possible.
         max_tile: elements of one tensor a tile may hold.
     """
     batch, pre, n, post = shape
@@ -238,19 +241,21 @@ def choose_tile(
     run_length = post if shared_low else lows * post
     groups = pre if shared_high else highs
     # Programs that neither a wider run nor a larger group reduces.
-    others = batch * (highs if shared_high else pre) * (lows if shared_low else 1)
+    programs = batch * (highs if shared_high else pre) * (lows if shared_low else 1)
 
-    def grow(size: int, length: int, limit: int, slices: int) -> int:
-        while (
-            size < min(limit, next_power_of_two(length)) and others * slices * -(-length // (2 * size)) >= MIN_PROGRAMS
-        ):
+    def grow(size: int, length: int, limit: int, others: int, slices: int) -> int:
+        """Doubles ``size`` up to ``limit``; ``others`` elements of the tile and ``slices`` programs are fixed."""
+        while size < min(limit, next_power_of_two(length)):
+            if 2 * size * others > SMALL_TILE and programs * slices * -(-length // (2 * size)) < MIN_PROGRAMS:
+                break
             size *= 2
         return size
 
-    bound = min(GOOD_TILE, max_tile)
-    run = min(next_power_of_two(run_length), GOOD_RUN, max_tile // middle)
-    run = grow(run, run_length, min(LONG_RUN, bound // middle), groups)
-    group = grow(1, groups, bound // (middle * run), -(-run_length // run))
+    held = max_tile // 2 if reduces else max_tile
+    bound = min(GOOD_TILE, held)
+    run = min(next_power_of_two(run_length), SECTOR if reduces else GOOD_RUN, max(1, held // middle))
+    run = grow(run, run_length, min(LONG_RUN, bound // middle), middle, groups)
+    group = grow(1, groups, bound // (middle * run), middle * run, -(-run_length // run))
     run_blocks = -(-post // run) if shared_low else 1
     return Tile(
         group=group,
@@ -266,12 +271,12 @@ def choose_tile(
 
 
 def choose_num_warps(elements: int, tensors: int) -> int:
-    """Warps a program for ``tensors`` tiles of ``elements`` each: 32 elements a lane, at most 16 warps.
+    """Warps a program for ``tensors`` tiles of ``elements`` each: 16 elements a lane, at most 16 warps.
 
     Never more lanes than elements of a tile: a lane without an element of its own reads its
     neighbour's, which an in-place kernel may already have overwritten.
     """
-    warps = min(tensors * elements // 1024, elements // 32, 16)
+    warps = min(tensors * elements // 512, elements // 32, 16)
     return 1 << max(warps, 1).bit_length() - 1
 
 

@@ -1,6 +1,6 @@
 """Symmetric operators ``Q diag(d) Q^T`` and their direct sums, as objects with ``@``."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,24 +49,21 @@ class RotatedDiagonal:
         return f"{type(self).__name__}(n={self.shape[0]}, tensor={tuple(self.basis.shape)})"
 
 
-class DirectSum(Mapping[Tensor, RotatedDiagonal]):
+class DirectSum:
     """The direct sum of the operators of several tensors, indexed by parameter.
 
     Args:
-        parts: operators, in order, under the parameter that owns each.
+        parts: in order, the parameters that each operator covers, and the operator.
     """
 
-    def __init__(self, parts: Sequence[tuple[Tensor, RotatedDiagonal]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Sequence[Tensor], RotatedDiagonal]]) -> None:
         self._parts = list(parts)
 
     def __getitem__(self, param: Tensor) -> RotatedDiagonal:
-        for owner, part in self._parts:
-            if owner is param:
+        for params, part in self._parts:
+            if any(param is covered for covered in params):
                 return part
         raise KeyError(f"no operator for a parameter of shape {tuple(param.shape)}")
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (owner for owner, _ in self._parts)
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -12,9 +12,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from butterfly_opt.backend import choose_backend
 from butterfly_opt.basis import Basis
 from butterfly_opt.estimate import STATE_VERSION, State, angle_states, learn_pair_, new_state, rotated_axes
-from butterfly_opt.layout import TensorLayout, axes_layout, flat_layout
+from butterfly_opt.layout import STRUCTURES, TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
-from butterfly_opt.options import Options, check_parameter, validate
+from butterfly_opt.options import DIAGONALS, PAIRS, Options, check_parameter, validate
 from butterfly_opt.refit import (
     AngleState,
     pack_angles,
@@ -219,6 +219,72 @@ class Butterfly(Optimizer):
             self._learn_same_batch(closure, waiting)
         return loss
 
+    def preconditioner(self, param: Tensor | None = None) -> RotatedDiagonal | DirectSum:
+        """What the next step multiplies by, ``Q diag(1 / (sqrt(V) + eps)) Q^T`` ("newton": ``Q diag(D) Q^T``).
+
+        Args:
+            param: the tensor that holds this parameter; all tensors if None.
+
+        Returns:
+            A symmetric positive definite operator on the flattened tensor (in ``flat``: the group), or the
+            direct sum over all, indexable by parameter.
+
+        Raises:
+            KeyError: if ``param`` has no estimate yet.
+        """
+
+        def applied(tensor: TensorStep) -> Tensor:
+            scale, tau = tensor.normalizer()
+            scale += tensor.options["eps"]
+            return 1 / scale if tensor.options["scaling"] == "adam" else tensor.displacement_scale(tau) / scale
+
+        return self._operators(param, applied)
+
+    def inverse_hessian(
+        self, param: Tensor | None = None, *, damping: float = 0.0, corrected: bool = True
+    ) -> RotatedDiagonal | DirectSum:
+        """The current estimate of the inverse Hessian, ``Q diag(1 / (sqrt(h^2 + nu2 / tau2) + damping)) Q^T``.
+
+        In parameter units squared by loss units. Read it with care in noisy training: the gradient noise
+        ``nu2`` enters the diagonal, which therefore shrinks towards ``tau / nu`` where noise dominates, and
+        past noise moved the parameters, so that the regression finds curvature where there is none (about
+        ``0.1 / c`` for steps ``c gbar``). ``corrected`` subtracts that bias to first order,
+        ``C <- C - c nu2 / (2 (1 + beta1))``, and leaves the noise out of the diagonal.
+
+        Args:
+            param: the tensor that holds this parameter; all tensors if None.
+            damping: added to the curvature, ``(H + damping I)^-1``; loss units by parameter units squared.
+            corrected: whether to remove the bias (pairs "ema" with scaling "adam"; no effect otherwise).
+
+        Raises:
+            ValueError: for ``diagonal="innovation"``, which has no such units, for ``damping < 0``, or while
+                nothing has moved yet.
+            KeyError: if ``param`` has no estimate yet.
+        """
+        if not 0.0 <= damping < float("inf"):
+            raise ValueError(f"Invalid damping value: {damping!r}, expected a finite number >= 0")
+        return self._operators(param, lambda tensor: 1 / (tensor.hessian_diagonal(corrected=corrected) + damping))
+
+    def _operators(
+        self, param: Tensor | None, diagonal: Callable[[TensorStep], Tensor]
+    ) -> RotatedDiagonal | DirectSum:
+        parts: list[tuple[tuple[Tensor, ...], RotatedDiagonal]] = []
+        for group in self.param_groups:
+            flat = group["structure"] == "flat"
+            layouts = [flat_layout(group["params"], group["block_size"])] if flat else map(axes_layout, group["params"])
+            for layout in layouts:
+                wanted = param is None or any(param is owned for owned in layout.params)
+                if wanted and "signature" in self.state.get(layout.owner, {}):
+                    tensor = TensorStep(
+                        layout, self.state[layout.owner], group, self._basis(group, layout, self.state[layout.owner])
+                    )
+                    parts.append((layout.params, RotatedDiagonal(tensor.basis, diagonal(tensor))))
+        if param is None:
+            return DirectSum(parts)
+        if not parts:
+            raise KeyError(f"no estimate for this parameter of shape {tuple(param.shape)}: it took no step yet")
+        return parts[0][1]
+
     def _layouts(self, group: dict[str, Any]) -> Iterator[TensorLayout]:
         """The tensors of a group that have a gradient in this step."""
         params = group["params"]
@@ -241,7 +307,8 @@ class Butterfly(Optimizer):
         signature = _signature(group, layout)
         if state.get("signature", signature) != signature:
             warnings.warn(
-                f"a parameter group changed from {state['signature']} to {signature}: its estimate restarts",
+                "the parameters of a group, or its structure, block_size, depth, diagonal or pairs, changed since the "
+                f"last step: the estimate of the tensor of shape {layout.shape} restarts",
                 stacklevel=4,
             )
             for key in [key for key in state if key in _own_keys(state)]:
@@ -328,9 +395,12 @@ def _refit_is_due(tensor: TensorStep) -> bool:
 
 
 def _signature(group: dict[str, Any], layout: TensorLayout) -> list[Any]:
-    """What the state of a tensor is made for; any change restarts it."""
-    names = ("structure", "block_size", "depth", "diagonal", "pairs")
-    return [*(group[name] for name in names), [list(param.shape) for param in layout.params]]
+    """What the state of a tensor is made for; any change restarts it.
+
+    Numbers only: ``Optimizer.load_state_dict`` rebuilds every iterable in a state, and breaks strings.
+    """
+    kinds = [STRUCTURES.index(group["structure"]), DIAGONALS.index(group["diagonal"]), PAIRS.index(group["pairs"])]
+    return [*kinds, group["depth"], group["block_size"] or 0, [list(param.shape) for param in layout.params]]
 
 
 def _own_keys(state: State) -> Iterable[str]:

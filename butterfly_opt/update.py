@@ -78,6 +78,31 @@ class TensorStep:
             energy = torch.where(found.tau > 0, energy * (state["energy"] / energy.mean().clamp_min(tiny)), state["energy"])
         return energy.sqrt_(), found.tau
 
+    def displacement_scale(self, tau: Tensor | None) -> Tensor:
+        """``tau``, or INITIAL_STEP while nothing has moved."""
+        if tau is None:
+            raise ValueError("diagonal='innovation' keeps no displacements: it has no inverse-Hessian units")
+        return torch.where(tau > 0, tau, INITIAL_STEP)
+
+    def hessian_diagonal(self, *, corrected: bool) -> Tensor:
+        """``|h|`` or ``sqrt(h^2 + nu2 / tau2)`` in rotated coordinates; see ``Butterfly.inverse_hessian``."""
+        state, options = self.state, self.options
+        if options["diagonal"] == "innovation":
+            raise ValueError(
+                "diagonal='innovation' keeps no displacements, so its estimate has no inverse-Hessian units; "
+                "use diagonal='secant'"
+            )
+        beta1, beta2 = options["betas"]
+        found = regress(state["grad_sq"], state["disp_sq"], state["cross"], beta2=beta2, step=state["step"])
+        if not found.tau > 0:
+            raise ValueError("no inverse-Hessian estimate yet: the parameters have not moved for enough steps")
+        if corrected and options["pairs"] == "ema" and options["scaling"] == "adam":
+            gain = options["lr"] / (found.energy.sqrt() + options["eps"])
+            cross = state["cross"] - gain * found.noise / (2 * (1 + beta1))
+            found = regress(state["grad_sq"], state["disp_sq"], cross, beta2=beta2)
+            return found.slope.abs().div_(found.tau)
+        return found.energy.sqrt().div_(found.tau)
+
     def direction(self, rotated_grad: Tensor) -> Tensor:
         """The rotated update, to be multiplied by ``-lr``; no entry exceeds ``max_update``."""
         options = self.options
@@ -86,9 +111,7 @@ class TensorStep:
         limit = options["max_update"]
         if options["scaling"] == "adam":
             return (self.state["mean_grad"] / scale).clamp_(-limit, limit)
-        assert tau is not None
-        step = torch.where(tau > 0, tau, INITIAL_STEP)
-        return (rotated_grad / scale).mul_(step).clamp_(-limit, limit)
+        return (rotated_grad / scale).mul_(self.displacement_scale(tau)).clamp_(-limit, limit)
 
     def write(self, delta: Tensor, grads: Sequence[Tensor | None], *, track: bool) -> Tensor:
         """Adds the rotated update ``delta`` to the parameters.

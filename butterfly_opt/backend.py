@@ -11,10 +11,12 @@ from torch import Tensor
 from butterfly_opt import rotation
 from butterfly_opt.blocks import RotationBlocks
 
+MAX_DENSE_LENGTH = 256
+"""Axes up to this length are rotated by the dense ``Q``: one product, whatever the depth."""
+
 MIN_BLOCK_COLUMNS = 16
-MAX_BLOCK_LENGTH = 1024
-"""Grouped stages need this many columns, or an axis no longer than this, to beat single stages
-(``python -m experiments.bench_rotation``)."""
+"""Longer ones need this many columns for grouped stages to beat single stages
+(both measured by ``python -m experiments.bench_rotation``)."""
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -25,6 +27,21 @@ class Rotation(Protocol):
     def rotate(self, x: Tensor, *, dim: int, transpose: bool = False) -> Tensor:
         """``Q x``, or ``Q^T x``, along axis ``dim``."""
         ...
+
+
+class DenseRotation:
+    """As a dense matrix, built once for each set of angles: for short axes."""
+
+    def __init__(self, angles: Tensor, n: int) -> None:
+        eye = torch.eye(n, dtype=angles.dtype, device=angles.device)
+        self.matrix = RotationBlocks(angles, n).rotate(eye, dim=0)
+
+    def rotate(self, x: Tensor, *, dim: int, transpose: bool = False) -> Tensor:
+        """``Q x``, or ``Q^T x``, along axis ``dim``."""
+        matrix = self.matrix.mT if transpose else self.matrix
+        if dim % x.dim() == 0:
+            return (matrix @ x.reshape(x.shape[0], -1)).view(x.shape)
+        return (x.movedim(dim, -1) @ matrix.mT).movedim(-1, dim)
 
 
 class StageRotation:
@@ -45,7 +62,9 @@ class Backend:
 
     def rotation(self, angles: Tensor, n: int, *, columns: int) -> Rotation:
         """The rotation of an axis of length ``n`` that ``columns`` columns share."""
-        if columns >= MIN_BLOCK_COLUMNS or n <= MAX_BLOCK_LENGTH:
+        if n <= MAX_DENSE_LENGTH:
+            return DenseRotation(angles, n)
+        if columns >= MIN_BLOCK_COLUMNS:
             return RotationBlocks(angles, n)
         return StageRotation(angles)
 

@@ -57,9 +57,9 @@ class RotationBlocks:
 
     def __init__(self, angles: Tensor, n: int) -> None:
         self.n = n
-        depth, stages, _ = angles.shape
-        spans = _split(stages)
-        self.groups = [_group(angles[b : b + 1], n, first, last) for b in range(depth) for first, last in spans]
+        # By span, all butterflies of the stack at once; then in the order in which they apply.
+        spans = [_groups(angles, n, first, last) for first, last in _split(angles.shape[1])]
+        self.groups = [groups[butterfly] for butterfly in range(angles.shape[0]) for groups in spans]
 
     def rotate(self, x: Tensor, *, dim: int, transpose: bool = False) -> Tensor:
         """``Q x`` (``Q^T x`` with ``transpose``) along axis ``dim``, which has length n.
@@ -81,15 +81,17 @@ def _split(stages: int) -> list[tuple[int, int]]:
     return list(zip(bounds, bounds[1:], strict=False))
 
 
-def _group(angles: Tensor, n: int, first: int, last: int) -> StageGroup:
-    """Builds one group by sending the identity of each block through its stages."""
+def _groups(angles: Tensor, n: int, first: int, last: int) -> list[StageGroup]:
+    """Builds stages ``first .. last - 1`` of every butterfly by sending the identity of each block through."""
+    depth = angles.shape[0]
     low = 1 << first
     middle = min(1 << (last - first), -(-n // low))
     index = torch.arange(n, device=angles.device)
-    units = torch.zeros(n, middle, dtype=angles.dtype, device=angles.device)
-    units[index, index // low % middle] = 1
-    rotate_columns_(units[None], angles, transpose=True, stages=range(first, last))
+    units = torch.zeros(depth, 1, n, middle, dtype=angles.dtype, device=angles.device)
+    units[:, 0, index, index // low % middle] = 1
+    rotate_columns_(units, angles[:, None], transpose=True, stages=range(first, last))
     high = -(-n // (low * middle))
     padded = high * middle * low
     units = torch.nn.functional.pad(units, (0, 0, 0, padded - n))
-    return StageGroup(units.view(high, middle, low, middle).transpose(1, 2).contiguous(), padded)
+    matrices = units.view(depth, high, middle, low, middle).transpose(2, 3).contiguous()
+    return [StageGroup(matrices[butterfly], padded) for butterfly in range(depth)]

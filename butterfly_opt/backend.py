@@ -1,8 +1,10 @@
-"""Chooses what carries out the rotations: torch, or the fused Triton kernels.
+"""Chooses what carries out the rotations: torch, or the fused Triton kernels; both give equal results.
 
-The only module that may import ``butterfly_opt.triton_kernels``.
+The only module that imports ``butterfly_opt.triton_kernels``, and only when a kernel is wanted.
 """
 
+import importlib.util
+import os
 from typing import Protocol
 
 import torch
@@ -29,6 +31,51 @@ class Rotation(Protocol):
         ...
 
 
+class Backend:
+    """The torch path."""
+
+    name = "torch"
+
+    def rotation(self, angles: Tensor, n: int, *, columns: int) -> Rotation:
+        """The rotation of an axis of length ``n`` that ``columns`` columns share."""
+        if n <= MAX_DENSE_LENGTH:
+            return DenseRotation(angles, n)
+        if columns >= MIN_BLOCK_COLUMNS:
+            return RotationBlocks(angles, n)
+        return StageRotation(angles, self)
+
+    def rotate(self, x: Tensor, angles: Tensor, *, dim: int, transpose: bool = False) -> Tensor:
+        """As ``rotation.rotate``."""
+        return rotation.rotate(x, angles, dim=dim, transpose=transpose)
+
+    def angle_gradient(self, u: Tensor, grad_u: Tensor, angles: Tensor, *, dim: int) -> Tensor:
+        """As ``rotation.angle_gradient``."""
+        return rotation.angle_gradient(u, grad_u, angles, dim=dim)
+
+
+class TritonBackend(Backend):
+    """The fused kernels, for float32 state on a GPU (or on the CPU in Triton's interpreter)."""
+
+    name = "triton"
+
+    def rotation(self, angles: Tensor, n: int, *, columns: int) -> Rotation:
+        """The rotation of an axis of length ``n``."""
+        return StageRotation(angles, self)
+
+    def rotate(self, x: Tensor, angles: Tensor, *, dim: int, transpose: bool = False) -> Tensor:
+        """As ``rotation.rotate``."""
+        from butterfly_opt.triton_kernels.rotate import rotate_columns
+
+        turned = rotate_columns(_columns(x, dim), angles.cos(), angles.sin(), transpose=transpose)
+        return turned.view(x.shape)
+
+    def angle_gradient(self, u: Tensor, grad_u: Tensor, angles: Tensor, *, dim: int) -> Tensor:
+        """As ``rotation.angle_gradient``."""
+        from butterfly_opt.triton_kernels.rotate import angle_gradient
+
+        return angle_gradient(_columns(u, dim), _columns(grad_u, dim), angles.cos(), angles.sin())
+
+
 class DenseRotation:
     """As a dense matrix, built once for each set of angles: for short axes."""
 
@@ -45,36 +92,53 @@ class DenseRotation:
 
 
 class StageRotation:
-    """Stage by stage, in torch: for axes that few columns share."""
+    """Stage by stage: in torch for axes that few columns share, in the kernels for all."""
 
-    def __init__(self, angles: Tensor) -> None:
-        self.angles = angles
+    def __init__(self, angles: Tensor, backend: Backend) -> None:
+        self.angles = angles.clone()  # a basis stays what it was while its angles are refitted
+        self.backend = backend
 
     def rotate(self, x: Tensor, *, dim: int, transpose: bool = False) -> Tensor:
         """``Q x``, or ``Q^T x``, along axis ``dim``."""
-        return rotation.rotate(x, self.angles, dim=dim, transpose=transpose)
+        return self.backend.rotate(x, self.angles, dim=dim, transpose=transpose)
 
 
-class Backend:
-    """The torch path; equal to the Triton path up to rounding."""
-
-    name = "torch"
-
-    def rotation(self, angles: Tensor, n: int, *, columns: int) -> Rotation:
-        """The rotation of an axis of length ``n`` that ``columns`` columns share."""
-        if n <= MAX_DENSE_LENGTH:
-            return DenseRotation(angles, n)
-        if columns >= MIN_BLOCK_COLUMNS:
-            return RotationBlocks(angles, n)
-        return StageRotation(angles)
+TORCH = Backend()
+TRITON = TritonBackend()
 
 
-def choose_backend(name: str, device: torch.device) -> Backend:
-    """The backend for tensors on ``device``.
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for state of one dtype on one device.
+
+    Args:
+        name: "torch"; "triton"; or "auto", which takes the kernels where they can run and torch elsewhere.
+        device: device of the parameters.
+        dtype: dtype of the state.
 
     Raises:
-        NotImplementedError: ``name`` is "triton".
+        RuntimeError: for "triton" where Triton is not installed.
+        ValueError: for "triton" on a device that has no Triton, outside its interpreter.
+        TypeError: for "triton" with float64 parameters.
     """
-    if name == "triton":
-        raise NotImplementedError("backend='triton' is not wired into the optimizer yet; use 'auto' or 'torch'")
-    return Backend()
+    if name == "torch":
+        return TORCH
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    installed = importlib.util.find_spec("triton") is not None
+    if name == "auto":
+        return TRITON if installed and device.type == "cuda" and dtype == torch.float32 else TORCH
+    if not installed:
+        raise RuntimeError("backend='triton' needs the package triton, which is not installed; use backend='auto'")
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting):
+        raise ValueError(
+            f"backend='triton' needs parameters on a CUDA device, got {device}; use backend='auto', "
+            "or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
+        )
+    if dtype != torch.float32:
+        raise TypeError(f"backend='triton' keeps float32 state and does not take {dtype} parameters; use backend='auto'")
+    return TRITON
+
+
+def _columns(x: Tensor, dim: int) -> Tensor:
+    """``(pre, n, post)`` view of a contiguous tensor around axis ``dim``, a copy of any other."""
+    axis = dim % x.dim()
+    return x.contiguous().view(x.shape[:axis].numel(), x.shape[axis], x.shape[axis + 1 :].numel())

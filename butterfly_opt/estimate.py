@@ -10,9 +10,9 @@ dictionary of tensors and numbers, in the form that ``torch.optim.Optimizer.stat
     mean_grad     gbar                             grad_sq      A = E[u^2]
     displacement  s (secant)                       disp_sq, cross   B = E[w^2], C = E[u w] (secant)
     angles{i}     angles of the i-th rotated axis  angle_steps  0-d, angle steps taken
-    angle_mean{i}, angle_square{i}                 averages of their gradients (ema)
-    sketch{i}     (n_i, SKETCH_COLUMNS)            running sketch of its second moment (ema)
-    angle_curvature{i}                             average of their curvatures (same_batch)
+    angle_mean{i}, angle_square{i}                 averages of their gradients (noisy pairs)
+    sketch{i}     (n_i, SKETCH_COLUMNS)            running sketch of its second moment (noisy pairs)
+    angle_curvature{i}                             average of their curvatures (clean pairs)
     energy        0-d, E[mean u^2] (same_batch)
 
 Memory: 2 numbers a coordinate with ``innovation``, 5 with ``secant``, and
@@ -37,8 +37,16 @@ SKETCH_COLUMNS = 8
 SKETCH_BETA = 0.9
 
 
-def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str) -> State:
-    """The state of a tensor before its first gradient."""
+def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str, clean: bool) -> State:
+    """The state of a tensor before its first gradient.
+
+    Args:
+        layout: the tensor.
+        depth: butterflies on each axis.
+        diagonal: "secant" or "innovation".
+        pairs: "ema" or "same_batch".
+        clean: whether the angles are refitted from clean pairs, rather than from sketches of noisy ones.
+    """
     owner, dtype = layout.owner, layout.dtype
 
     def zeros(*shape: int) -> Tensor:
@@ -46,16 +54,16 @@ def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str) ->
 
     names = ["mean_grad", "grad_sq"]
     if diagonal == "secant":
-        names += ["displacement", "disp_sq", "cross"]
-    if pairs == "same_batch":
-        names.remove("displacement")
+        names += ["disp_sq", "cross"]
+        if pairs == "ema":
+            names.append("displacement")
     state: State = {"version": STATE_VERSION, "calls": 0}
     state |= {name: zeros() for name in ("step", "skipped", "angle_steps")}
     state |= {name: zeros(*layout.shape) for name in names}
-    angle_names = ("angles", "angle_mean", "angle_square") if pairs == "ema" else ("angles", "angle_curvature")
+    angle_names = ("angles", "angle_curvature") if clean else ("angles", "angle_mean", "angle_square")
     for axis, (dim, shape) in enumerate(zip(layout.rotated, layout.angles_shapes(depth), strict=True)):
         state |= {f"{name}{axis}": zeros(*shape) for name in angle_names}
-        if pairs == "ema":
+        if not clean:
             state[f"sketch{axis}"] = zeros(layout.shape[dim], SKETCH_COLUMNS)
     if pairs == "same_batch":
         state["energy"] = zeros()
@@ -68,25 +76,13 @@ def rotated_axes(layout: TensorLayout, state: State) -> list[tuple[int, Tensor]]
 
 
 def angle_states(layout: TensorLayout, state: State) -> list[AngleState]:
-    """Angles and averages of each rotated axis (pairs "ema")."""
+    """Angles and averages of each rotated axis (noisy pairs)."""
     names = ("angles", "angle_mean", "angle_square")
     return [AngleState(*(state[f"{name}{axis}"] for name in names)) for axis in range(len(layout.rotated))]
 
 
-def learn_pair_(layout: TensorLayout, state: State, u: Tensor, w: Tensor, *, weight: Weight, refit: bool) -> None:
-    """Takes one clean pair into the moments and, if ``refit``, into the angles (pairs "same_batch").
-
-    Args:
-        layout: the tensor.
-        state: its state.
-        u: rotated delta_grad.
-        w: rotated delta_theta.
-        weight: weight of this pair in the moments.
-        refit: whether to move the angles; the basis of ``state`` is another one afterwards.
-    """
-    update_moments_(state, u, w, weight=weight, pair_weight=weight)
-    if not refit:
-        return
+def refit_clean_(layout: TensorLayout, state: State, u: Tensor, w: Tensor) -> None:
+    """Fits the angles to one clean pair (rotated delta_grad, delta_theta); the moments know it already."""
     state["angle_steps"] += 1
     axes = [(dim, angles, state[f"angle_curvature{axis}"]) for axis, (dim, angles) in enumerate(rotated_axes(layout, state))]
     newest = average_weight(CURVATURE_BETA, state["angle_steps"])

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from butterfly_opt.backend import choose_backend
+from butterfly_opt.backend import Backend, choose_backend
 from butterfly_opt.basis import Basis
-from butterfly_opt.estimate import STATE_VERSION, State, angle_states, learn_pair_, new_state, rotated_axes
+from butterfly_opt.estimate import STATE_VERSION, State, angle_states, new_state, refit_clean_, rotated_axes, update_moments_
 from butterfly_opt.layout import STRUCTURES, TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
-from butterfly_opt.options import DIAGONALS, PAIRS, Options, check_parameter, validate
+from butterfly_opt.options import DIAGONALS, PAIRS, Options, check_parameter, has_clean_pairs, validate
 from butterfly_opt.refit import (
     AngleState,
     pack_angles,
@@ -24,7 +24,6 @@ from butterfly_opt.refit import (
     unpack_angles_,
     unpack_rows_,
 )
-from butterfly_opt.rotation import rotate
 from butterfly_opt.update import Stepped, TensorStep
 
 REFIT_WARMUP = 100
@@ -213,6 +212,9 @@ class Butterfly(Optimizer):
                     taken.append((tensor, tensor.take(grads, grad=tensor.gradient(grads), stream=stream)))
             if group["pairs"] == "same_batch":
                 waiting += taken
+            elif has_clean_pairs(cast(Options, group)):
+                for tensor, stepped in taken:
+                    self._refit_clean(tensor, stepped.pair)
             else:
                 self._refit_sketches([tensor for tensor, _ in taken if _refit_is_due(tensor)], group)
         if waiting:
@@ -307,14 +309,20 @@ class Butterfly(Optimizer):
         signature = _signature(group, layout)
         if state.get("signature", signature) != signature:
             warnings.warn(
-                "the parameters of a group, or its structure, block_size, depth, diagonal or pairs, changed since the "
+                "the parameters of a group, or its structure, block_size, depth, diagonal, pairs or scaling, changed since the "
                 f"last step: the estimate of the tensor of shape {layout.shape} restarts",
                 stacklevel=4,
             )
             for key in [key for key in state if key in _own_keys(state)]:
                 del state[key]
         if "signature" not in state:
-            fresh = new_state(layout, depth=group["depth"], diagonal=group["diagonal"], pairs=group["pairs"])
+            fresh = new_state(
+                layout,
+                depth=group["depth"],
+                diagonal=group["diagonal"],
+                pairs=group["pairs"],
+                clean=has_clean_pairs(cast(Options, group)),
+            )
             state.update(fresh, signature=signature)
             self._bases.pop(layout.owner, None)
         state["calls"] += 1
@@ -323,7 +331,8 @@ class Butterfly(Optimizer):
     def _basis(self, group: dict[str, Any], layout: TensorLayout, state: State) -> Basis:
         if layout.owner not in self._bases:
             axes = rotated_axes(layout, state)
-            self._bases[layout.owner] = Basis(layout.shape, axes, choose_backend(group["backend"], layout.owner.device))
+            backend = choose_backend(group["backend"], layout.owner.device, layout.dtype)
+            self._bases[layout.owner] = Basis(layout.shape, axes, backend)
         return self._bases[layout.owner]
 
     def _grad_is_usable(self, tensor: TensorStep) -> bool:
@@ -361,7 +370,8 @@ class Butterfly(Optimizer):
                 key = (sketch.device, sketch.dtype, sketch.shape[1], tensor.layout.stages)
                 packs[key].append((sketch, angles, tensor.state["angle_steps"]))
         for axes in packs.values():
-            _refit_pack(axes, steps=group["refit_steps"], refit_lr=group["refit_lr"])
+            backend = choose_backend(group["backend"], axes[0][0].device, axes[0][0].dtype)
+            _refit_pack(axes, backend, steps=group["refit_steps"], refit_lr=group["refit_lr"])
         for tensor in tensors:
             tensor.state["angle_steps"] += group["refit_steps"]
             self._rebase(tensor)
@@ -378,11 +388,15 @@ class Butterfly(Optimizer):
             grads = _gradients(tensor.layout)
             if not self._grad_is_usable(tensor):
                 continue
-            u = tensor.rotated(tensor.gradient(grads)).sub_(stepped.delta_grad)
-            refit = bool(tensor.layout.rotated) and _refit_is_due(tensor)
-            learn_pair_(tensor.layout, tensor.state, u, stepped.written, weight=stepped.weight, refit=refit)
-            if refit:
-                self._rebase(tensor)
+            u = tensor.rotated(tensor.gradient(grads)).sub_(stepped.grad)
+            update_moments_(tensor.state, u, stepped.written, weight=stepped.weight, pair_weight=stepped.weight)
+            self._refit_clean(tensor, (u, stepped.written))
+
+    def _refit_clean(self, tensor: TensorStep, pair: tuple[Tensor, Tensor] | None) -> None:
+        """Refits the basis of one tensor to a clean pair, if it is due and the tensor is rotated."""
+        if pair is not None and tensor.layout.rotated and _refit_is_due(tensor):
+            refit_clean_(tensor.layout, tensor.state, *pair)
+            self._rebase(tensor)
 
 
 def _gradients(layout: TensorLayout) -> list[Tensor | None]:
@@ -400,6 +414,7 @@ def _signature(group: dict[str, Any], layout: TensorLayout) -> list[Any]:
     Numbers only: ``Optimizer.load_state_dict`` rebuilds every iterable in a state, and breaks strings.
     """
     kinds = [STRUCTURES.index(group["structure"]), DIAGONALS.index(group["diagonal"]), PAIRS.index(group["pairs"])]
+    kinds.append(int(has_clean_pairs(cast(Options, group))))
     return [*kinds, group["depth"], group["block_size"] or 0, [list(param.shape) for param in layout.params]]
 
 
@@ -408,7 +423,9 @@ def _own_keys(state: State) -> Iterable[str]:
     return [key for key, value in state.items() if isinstance(value, Tensor) or key in ("version", "calls", "signature")]
 
 
-def _refit_pack(axes: list[tuple[Tensor, AngleState, Tensor]], *, steps: int, refit_lr: float) -> None:
+def _refit_pack(
+    axes: list[tuple[Tensor, AngleState, Tensor]], backend: Backend, *, steps: int, refit_lr: float
+) -> None:
     """Refits axes (sketch in rotated coordinates, angles, angle steps taken) together, in place."""
     sketches, states, taken = zip(*axes, strict=True)
     packing = pack_axes([sketch.shape[0] for sketch in sketches])
@@ -418,7 +435,13 @@ def _refit_pack(axes: list[tuple[Tensor, AngleState, Tensor]], *, steps: int, re
     scales = [sketch.square().mean().sqrt().clamp_min(torch.finfo(sketch.dtype).tiny) for sketch in sketches]
     unit = pack_rows(packing, [sketch / scale for sketch, scale in zip(sketches, scales, strict=True)])
     refitted = refit_sketch_(
-        rotate(unit, packed.angles, dim=0), packed, steps=steps, refit_lr=refit_lr, taken=counts, owned=owned
+        backend.rotate(unit, packed.angles, dim=0),
+        packed,
+        steps=steps,
+        refit_lr=refit_lr,
+        taken=counts,
+        owned=owned,
+        backend=backend,
     )
     for parts, whole in zip(zip(*states, strict=True), packed, strict=True):
         unpack_angles_(packing, whole, parts)

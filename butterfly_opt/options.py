@@ -40,6 +40,11 @@ class Options(TypedDict):
     backend: str
 
 
+def has_clean_pairs(options: Options) -> bool:
+    """Whether the pairs are (nearly) free of noise: taken on one batch, or in a full- or large-batch run."""
+    return options["pairs"] == "same_batch" or options["scaling"] == "newton"
+
+
 def validate(group: dict[str, Any]) -> None:
     """Checks the hyper-parameters of a group.
 

@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from butterfly_opt.rotation import angle_curvature, angle_gradient, num_stages, rotate
+from butterfly_opt.backend import TORCH, Backend
+from butterfly_opt.rotation import angle_curvature, angle_gradient, num_stages
 
 ANGLE_BETAS = (0.9, 0.99)
 ANGLE_EPS = 1e-4
@@ -79,7 +80,14 @@ def step_angles_(state: AngleState, gradient: Tensor, *, refit_lr: float, taken:
 
 
 def refit_sketch_(
-    sketch: Tensor, state: AngleState, *, steps: int, refit_lr: float, taken: Tensor, owned: Tensor | None = None
+    sketch: Tensor,
+    state: AngleState,
+    *,
+    steps: int,
+    refit_lr: float,
+    taken: Tensor,
+    owned: Tensor | None = None,
+    backend: Backend = TORCH,
 ) -> Tensor:
     """Fits the angles of an axis, or of a pack of axes, to a sketch with the one-sided criterion.
 
@@ -90,6 +98,7 @@ def refit_sketch_(
         refit_lr: length of the first step in radians.
         taken: number of angle steps taken before these; 0-d, or of the shape of the angles.
         owned: 1 at the slots of a pack that belong to one of its axes, 0 at those between two axes.
+        backend: what carries out the rotations.
 
     Returns:
         ``Q^T Z`` in the new basis.
@@ -97,12 +106,12 @@ def refit_sketch_(
     Cost: ``steps`` times three rotations of k columns.
     """
     for step in range(steps):
-        u = rotate(sketch, state.angles, dim=0, transpose=True)
-        gradient = angle_gradient(u, one_sided_residual(u), state.angles, dim=0)
+        u = backend.rotate(sketch, state.angles, dim=0, transpose=True)
+        gradient = backend.angle_gradient(u, one_sided_residual(u), state.angles, dim=0)
         if owned is not None:
             gradient.mul_(owned)
         step_angles_(state, gradient, refit_lr=refit_lr, taken=taken + step)
-    return rotate(sketch, state.angles, dim=0, transpose=True)
+    return backend.rotate(sketch, state.angles, dim=0, transpose=True)
 
 
 def refit_pair_(

@@ -1,6 +1,6 @@
 """An inverse-Hessian estimate fed with clean secant pairs, as an object without an optimizer.
 
-The same functions serve ``Butterfly(pairs="same_batch")``.
+The same functions serve ``Butterfly`` with ``pairs="same_batch"`` or ``scaling="newton"``.
 """
 
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from butterfly_opt.backend import choose_backend
+from butterfly_opt.backend import TORCH
 from butterfly_opt.basis import Basis
 from butterfly_opt.diagonal import regress
-from butterfly_opt.estimate import learn_pair_, new_state, rotated_axes
+from butterfly_opt.estimate import new_state, refit_clean_, rotated_axes, update_moments_
 from butterfly_opt.layout import TensorLayout
 from butterfly_opt.operators import RotatedDiagonal
 from butterfly_opt.pairs import average_weight
@@ -45,20 +45,21 @@ class SecantEstimate:
         owner = torch.empty(0, dtype=dtype)
         rotated = tuple(dim for dim, n in enumerate(shape) if n > 1)
         self._layout = TensorLayout((owner,), tuple(shape), rotated, stages)
-        self.state = new_state(self._layout, depth=depth, diagonal="secant", pairs="same_batch")
+        self.state = new_state(self._layout, depth=depth, diagonal="secant", pairs="same_batch", clean=True)
         self.beta2 = beta2
         self._basis = self._current_basis()
 
     def _current_basis(self) -> Basis:
         axes = rotated_axes(self._layout, self.state)
-        return Basis(self._layout.shape, axes, choose_backend("torch", torch.device("cpu")))
+        return Basis(self._layout.shape, axes, TORCH)
 
     def update(self, delta_theta: Tensor, delta_grad: Tensor) -> None:
         """Takes one pair ``(s, y)``, tensors of the shape of the parameter."""
         self.state["step"] += 1
         weight = average_weight(self.beta2, self.state["step"].item())
         u, w = self._basis.to_rotated(delta_grad), self._basis.to_rotated(delta_theta)
-        learn_pair_(self._layout, self.state, u, w, weight=weight, refit=True)
+        update_moments_(self.state, u, w, weight=weight, pair_weight=weight)
+        refit_clean_(self._layout, self.state, u, w)
         self._basis = self._current_basis()
 
     def inverse_hessian(self, *, damping: float = 0.0) -> RotatedDiagonal:

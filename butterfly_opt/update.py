@@ -16,25 +16,35 @@ import torch
 from torch import Tensor
 
 from butterfly_opt.basis import Basis
-from butterfly_opt.diagonal import regress
+from butterfly_opt.diagonal import MIN_STEPS, regress
 from butterfly_opt.estimate import SKETCH_BETA, State, Weight, pair_weights, update_moments_, update_sketches_
 from butterfly_opt.layout import TensorLayout
-from butterfly_opt.options import Options
+from butterfly_opt.options import Options, has_clean_pairs
 from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
 
 MAX_ROTATED_GRAD = 1e18
 """Rotated gradients are cut here: their squares, summed over a tensor, stay finite in float32."""
+
+CURVATURE_SHARE = 0.2
 
 INITIAL_STEP = 1e-3
 """Root mean square displacement assumed by ``newton`` before any is known (parameter units)."""
 
 
 class Stepped(NamedTuple):
-    """What a step leaves for the estimate."""
+    """What a step leaves for the estimate.
 
-    delta_grad: Tensor
+    Attributes:
+        grad: rotated gradient.
+        written: rotated change of the parameters.
+        weight: weight of the step in the moments.
+        pair: the clean pair ``(u, w)`` of this step, if it has one.
+    """
+
+    grad: Tensor
     written: Tensor
     weight: Weight
+    pair: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class TensorStep:
             return found.slope.abs().div_(found.tau)
         return found.energy.sqrt().div_(found.tau)
 
-    def direction(self, rotated_grad: Tensor) -> Tensor:
+    def direction(self, rotated_grad: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
         """The rotated update, to be multiplied by ``-lr``; no entry exceeds ``max_update``."""
         options = self.options
         scale, tau = self.normalizer()
@@ -111,7 +121,10 @@ class TensorStep:
         limit = options["max_update"]
         if options["scaling"] == "adam":
             return (self.state["mean_grad"] / scale).clamp_(-limit, limit)
-        return (rotated_grad / scale).mul_(self.displacement_scale(tau)).clamp_(-limit, limit)
+        inverse = self.displacement_scale(tau) / scale
+        if pair is None or not self.state["step"] > MIN_STEPS:
+            return (inverse * rotated_grad).clamp_(-limit, limit)
+        return bfgs_direction(inverse, rotated_grad, *pair).clamp_(-limit, limit)
 
     def write(self, delta: Tensor, grads: Sequence[Tensor | None], *, track: bool) -> Tensor:
         """Adds the rotated update ``delta`` to the parameters.
@@ -154,16 +167,37 @@ class TensorStep:
         first, second, third = pair_weights(state["step"].item(), options["betas"])
         rotated = self.rotated(grad)
         delta_grad = update_mean_grad_(state["mean_grad"], rotated, first)
+        displacement = state.get("displacement")
         if own_pairs:
-            update_moments_(state, delta_grad, state.get("displacement"), weight=second, pair_weight=third)
+            update_moments_(state, delta_grad, displacement, weight=second, pair_weight=third)
         else:
             state["energy"].lerp_(rotated.square().mean(), second)
-        delta = self.direction(rotated).mul_(-options["lr"])
+        newest = (delta_grad, displacement) if own_pairs and displacement is not None else None
+        delta = self.direction(rotated, newest).mul_(-options["lr"])
         written = self.write(delta, grads, track=options["diagonal"] == "secant")
-        if own_pairs:
-            if "displacement" in state:
-                advance_displacement_(state["displacement"], written, first)
-            update_sketches_(
-                state, self.layout, delta_grad, seed=options["seed"], stream=stream, weight=max(1 - SKETCH_BETA, first)
-            )
-        return Stepped(rotated, written, second)
+        pair = None
+        if own_pairs and has_clean_pairs(options):
+            assert displacement is not None
+            pair = (delta_grad, displacement.clone())
+        elif own_pairs:
+            sketch_weight = max(1 - SKETCH_BETA, first)
+            update_sketches_(state, self.layout, delta_grad, seed=options["seed"], stream=stream, weight=sketch_weight)
+        if displacement is not None:
+            advance_displacement_(displacement, written, first)
+        return Stepped(rotated, written, second, pair)
+
+
+def bfgs_direction(inverse: Tensor, grad: Tensor, u: Tensor, w: Tensor) -> Tensor:
+    """``P g`` with ``diag(inverse)`` updated by BFGS to satisfy the newest pair, ``P u = w``.
+
+        P = (I - r w u') D (I - r u w') + r w w',   r = 1 / u'w
+
+    (J. Nocedal and S. Wright, Numerical Optimization, 2006, eq. 6.17). The pair is left out where its
+    curvature ``u'w`` is below CURVATURE_SHARE of ``sqrt(u'Du w'D^-1w)``: negative, or mostly noise.
+    """
+    uw = (u * w).sum()
+    trusted = uw > CURVATURE_SHARE * ((u * u * inverse).sum() * (w * w / inverse).sum()).sqrt()
+    ratio = torch.where(trusted, 1 / uw, 0.0)
+    first = ratio * (w * grad).sum()
+    partial = inverse * (grad - first * u)
+    return partial + (first - ratio * (u * partial).sum()) * w

@@ -134,7 +134,9 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
             "or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
         )
     if dtype != torch.float32:
-        raise TypeError(f"backend='triton' keeps float32 state and does not take {dtype} parameters; use backend='auto'")
+        raise TypeError(
+            f"backend='triton' keeps float32 state and does not take {dtype} parameters; use backend='auto'"
+        )
     return TRITON
 
 

@@ -11,6 +11,7 @@ transposed copy a group, against ``3 n c num_stages`` flops in as many passes ov
 Profitable from about 16 columns on (measured by ``python -m experiments.bench_rotation``).
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,7 @@ def _split(stages: int) -> list[tuple[int, int]]:
     """Spans of at most MAX_GROUP stages, as equal as possible."""
     count = -(-stages // MAX_GROUP)
     bounds = [stages * g // count for g in range(count + 1)] if count else [0]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 def _groups(angles: Tensor, n: int, first: int, last: int) -> list[StageGroup]:

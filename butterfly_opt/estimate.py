@@ -84,9 +84,12 @@ def angle_states(layout: TensorLayout, state: State) -> list[AngleState]:
 def refit_clean_(layout: TensorLayout, state: State, u: Tensor, w: Tensor) -> None:
     """Fits the angles to one clean pair (rotated delta_grad, delta_theta); the moments know it already."""
     state["angle_steps"] += 1
-    axes = [(dim, angles, state[f"angle_curvature{axis}"]) for axis, (dim, angles) in enumerate(rotated_axes(layout, state))]
-    newest = average_weight(CURVATURE_BETA, state["angle_steps"])
-    refit_pair_(u, w, axes, scale=two_sided_scale(state["grad_sq"], state["disp_sq"]), weight=newest)
+    axes = [
+        (dim, angles, state[f"angle_curvature{axis}"]) for axis, (dim, angles) in enumerate(rotated_axes(layout, state))
+    ]
+    newest = average_weight(CURVATURE_BETA, state["angle_steps"].item())
+    scale = two_sided_scale(state["grad_sq"], state["disp_sq"])
+    refit_pair_(u, w, axes, scale=scale, weight=float(newest))
 
 
 def update_moments_(state: State, u: Tensor, w: Tensor | None, *, weight: Weight, pair_weight: Weight) -> None:
@@ -105,9 +108,7 @@ def update_moments_(state: State, u: Tensor, w: Tensor | None, *, weight: Weight
         _average_product_(state["cross"], u, w, pair_weight)
 
 
-def update_sketches_(
-    state: State, layout: TensorLayout, u: Tensor, *, seed: int, stream: int, weight: Weight
-) -> None:
+def update_sketches_(state: State, layout: TensorLayout, u: Tensor, *, seed: int, stream: int, weight: Weight) -> None:
     """Takes ``u`` into the running sketch of each rotated axis, in the rotated basis.
 
     The columns are weighted by ``mean(A)^(-1/4)`` along the axis, so that no few columns of large

@@ -77,7 +77,9 @@ class DirectSum:
     def __matmul__(self, x: Tensor) -> Tensor:
         """The product with ``x`` of shape ``(n,)`` or ``(n, columns)``."""
         if x.dim() not in (1, 2) or x.shape[0] != self.shape[0]:
-            raise ValueError(f"operator of shape {tuple(self.shape)} cannot multiply a tensor of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"operator of shape {tuple(self.shape)} cannot multiply a tensor of shape {tuple(x.shape)}"
+            )
         pieces = x.split([part.shape[0] for _, part in self._parts])
         return torch.cat([part @ piece for (_, part), piece in zip(self._parts, pieces, strict=True)])
 

@@ -11,7 +11,15 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from butterfly_opt.backend import Backend, choose_backend
 from butterfly_opt.basis import Basis
-from butterfly_opt.estimate import STATE_VERSION, State, angle_states, new_state, refit_clean_, rotated_axes, update_moments_
+from butterfly_opt.estimate import (
+    STATE_VERSION,
+    State,
+    angle_states,
+    new_state,
+    refit_clean_,
+    rotated_axes,
+    update_moments_,
+)
 from butterfly_opt.layout import STRUCTURES, TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
 from butterfly_opt.options import DIAGONALS, PAIRS, Options, check_parameter, has_clean_pairs, validate
@@ -182,7 +190,7 @@ class Butterfly(Optimizer):
                     self.state[param][key] = value.detach().clone().to(param.device)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
 
         Args:
@@ -267,9 +275,7 @@ class Butterfly(Optimizer):
             raise ValueError(f"Invalid damping value: {damping!r}, expected a finite number >= 0")
         return self._operators(param, lambda tensor: 1 / (tensor.hessian_diagonal(corrected=corrected) + damping))
 
-    def _operators(
-        self, param: Tensor | None, diagonal: Callable[[TensorStep], Tensor]
-    ) -> RotatedDiagonal | DirectSum:
+    def _operators(self, param: Tensor | None, diagonal: Callable[[TensorStep], Tensor]) -> RotatedDiagonal | DirectSum:
         parts: list[tuple[tuple[Tensor, ...], RotatedDiagonal]] = []
         for group in self.param_groups:
             flat = group["structure"] == "flat"
@@ -278,7 +284,10 @@ class Butterfly(Optimizer):
                 wanted = param is None or any(param is owned for owned in layout.params)
                 if wanted and "signature" in self.state.get(layout.owner, {}):
                     tensor = TensorStep(
-                        layout, self.state[layout.owner], group, self._basis(group, layout, self.state[layout.owner])
+                        layout,
+                        self.state[layout.owner],
+                        cast(Options, group),
+                        self._basis(group, layout, self.state[layout.owner]),
                     )
                     parts.append((layout.params, RotatedDiagonal(tensor.basis, diagonal(tensor))))
         if param is None:
@@ -309,8 +318,8 @@ class Butterfly(Optimizer):
         signature = _signature(group, layout)
         if state.get("signature", signature) != signature:
             warnings.warn(
-                "the parameters of a group, or its structure, block_size, depth, diagonal, pairs or scaling, changed since the "
-                f"last step: the estimate of the tensor of shape {layout.shape} restarts",
+                "the parameters of a group, or its structure, block_size, depth, diagonal, pairs or scaling, "
+                f"changed since the last step: the estimate of the tensor of shape {layout.shape} restarts",
                 stacklevel=4,
             )
             for key in [key for key in state if key in _own_keys(state)]:
@@ -376,9 +385,7 @@ class Butterfly(Optimizer):
             tensor.state["angle_steps"] += group["refit_steps"]
             self._rebase(tensor)
 
-    def _learn_same_batch(
-        self, closure: Callable[[], Any] | None, waiting: list[tuple[TensorStep, Stepped]]
-    ) -> None:
+    def _learn_same_batch(self, closure: Callable[[], Any] | None, waiting: list[tuple[TensorStep, Stepped]]) -> None:
         """Evaluates the closure after the step and takes the clean pairs into the estimates."""
         if closure is None:
             raise RuntimeError("pairs='same_batch' needs step(closure): the gradient is evaluated again after the step")
@@ -420,7 +427,9 @@ def _signature(group: dict[str, Any], layout: TensorLayout) -> list[Any]:
 
 def _own_keys(state: State) -> Iterable[str]:
     """Keys of ours in a state that may hold keys of others (hooks)."""
-    return [key for key, value in state.items() if isinstance(value, Tensor) or key in ("version", "calls", "signature")]
+    return [
+        key for key, value in state.items() if isinstance(value, Tensor) or key in ("version", "calls", "signature")
+    ]
 
 
 def _refit_pack(

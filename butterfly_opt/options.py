@@ -137,5 +137,5 @@ def check_parameter(param: Tensor) -> None:
             f"Butterfly needs real floating point parameters, got {param.dtype}; "
             "optimize torch.view_as_real(parameter) for complex ones"
         )
-    if type(param).__name__ == "DTensor" or torch.is_tensor(param) and param.is_sparse:
+    if type(param).__name__ == "DTensor" or param.is_sparse:
         raise NotImplementedError(f"Butterfly does not support {type(param).__name__} or sparse parameters")

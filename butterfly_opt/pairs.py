@@ -18,14 +18,10 @@ Both recursions are linear: they hold in any fixed orthogonal basis, and a chang
 to ``gbar`` and ``s`` alike.
 """
 
-from typing import TypeVar
-
 from torch import Tensor
 
-Scalar = TypeVar("Scalar", float, Tensor)
 
-
-def average_weight(beta: float, step: Scalar) -> Scalar:
+def average_weight(beta: float, step: float | Tensor) -> float | Tensor:
     """Weight ``a_t = (1 - beta) / (1 - beta^t)`` of the newest value in a bias-corrected average.
 
     Args:

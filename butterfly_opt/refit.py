@@ -120,7 +120,7 @@ def refit_pair_(
     axes: Sequence[tuple[int, Tensor, Tensor]],
     *,
     scale: Tensor,
-    weight: float | Tensor,
+    weight: float,
 ) -> None:
     """One damped Newton step of the angles of all axes on the two-sided criterion of a clean pair.
 
@@ -136,8 +136,10 @@ def refit_pair_(
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     sides = ((delta_grad, scale * delta_grad, scale), (delta_theta, inverse * delta_theta, inverse))
     for dim, angles, curvature in axes:
-        gradient = sum(angle_gradient(u, grad_u, angles, dim=dim) for u, grad_u, _ in sides)
-        newest = sum(angle_curvature(u, grad_u, form, angles, dim=dim) for u, grad_u, form in sides)
+        gradient, newest = torch.zeros_like(angles), torch.zeros_like(angles)
+        for u, grad_u, form in sides:
+            gradient += angle_gradient(u, grad_u, angles, dim=dim)
+            newest += angle_curvature(u, grad_u, form, angles, dim=dim)
         curvature.lerp_(newest, weight)
         floor = torch.finfo(curvature.dtype).eps * curvature.abs().amax().clamp_min(torch.finfo(curvature.dtype).tiny)
         step = NEWTON_DAMPING * gradient / curvature.abs().clamp_min(floor)

@@ -26,7 +26,9 @@ _MASK = 0xFFFFFFFF
 Bits = TypeVar("Bits", int, Tensor)
 
 
-def random_signs(rows: int, columns: int, *, seed: int, stream: int, step: int | Tensor, device: torch.device) -> Tensor:
+def random_signs(
+    rows: int, columns: int, *, seed: int, stream: int, step: int | Tensor, device: torch.device
+) -> Tensor:
     """A ``(rows, columns)`` float32 matrix of independent signs +-1, a pure function of its arguments.
 
     Args:

@@ -85,7 +85,9 @@ class TensorStep:
         if "energy" in state and options["scaling"] == "adam":
             # Clean pairs say how curvature is distributed; the size of the gradient itself sets the scale.
             tiny = torch.finfo(energy.dtype).tiny
-            energy = torch.where(found.tau > 0, energy * (state["energy"] / energy.mean().clamp_min(tiny)), state["energy"])
+            energy = torch.where(
+                found.tau > 0, energy * (state["energy"] / energy.mean().clamp_min(tiny)), state["energy"]
+            )
         return energy.sqrt_(), found.tau
 
     def displacement_scale(self, tau: Tensor | None) -> Tensor:

@@ -11,10 +11,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from butterfly_opt.backend import DenseRotation, StageRotation
+from butterfly_opt.backend import TORCH, DenseRotation, StageRotation
 from butterfly_opt.blocks import RotationBlocks
 from butterfly_opt.rotation import angles_shape
 
@@ -43,10 +44,10 @@ def main(argv: list[str] | None = None) -> None:
         x = torch.randn(n, columns)
         for depth in (1, 2):
             angles = torch.randn(angles_shape(n, depth=depth))
-            ways = (StageRotation(angles), RotationBlocks(angles, n), DenseRotation(angles, n))
+            ways = (StageRotation(angles, TORCH), RotationBlocks(angles, n), DenseRotation(angles, n))
             cells = []
             for way in ways:
-                median, spread = milliseconds(lambda way=way: way.rotate(x, dim=0, transpose=True), repeats)  # type: ignore[misc]
+                median, spread = milliseconds(partial(way.rotate, x, dim=0, transpose=True), repeats)
                 cells.append(f"{median:.3f} ({spread:.3f})")
             print(f"| {n} | {columns} | {depth} | {' | '.join(cells)} |", flush=True)
 

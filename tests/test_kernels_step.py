@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 from butterfly_opt import diagonal, estimate, update
-from butterfly_opt.backend import choose_backend
-from butterfly_opt.basis import Basis
-from butterfly_opt.layout import axes_layout
 from butterfly_opt.optimizer import Butterfly
 from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
 from butterfly_opt.triton_kernels import launch, step
@@ -70,13 +67,13 @@ def torch_moments(state: dict[str, Tensor]) -> None:
 
 
 def torch_direction(state: dict[str, Tensor], *, step_count: float = 20, lr: float = 0.01, **changes: float) -> Tensor:
-    """The torch path: ``TensorStep.direction`` times ``-lr``."""
-    options = {"diagonal": "secant" if "cross" in state else "innovation", "betas": (0.9, BETA2), "scaling": "adam"}
-    options |= OPTIONS | changes
-    known = state | {"step": torch.tensor(float(step_count), device=DEVICE)}
-    layout = axes_layout(state["grad"])
-    basis = Basis(layout.shape, (), choose_backend("torch", DEVICE))
-    return update.TensorStep(layout, known, options, basis).direction(state["grad"]).mul_(-lr)
+    """The torch path: ``regress``, then the lines of ``TensorStep.direction`` for scaling "adam"."""
+    options = OPTIONS | changes
+    energy = state["grad_sq"]
+    if "cross" in state:
+        energy = diagonal.regress(energy, state["disp_sq"], state["cross"], beta2=BETA2, step=step_count).energy
+    scale = energy.sqrt().add_(options["eps"]).clamp_min_(torch.finfo(energy.dtype).tiny)
+    return (state["mean_grad"] / scale).clamp_(-options["max_update"], options["max_update"]).mul_(-lr)
 
 
 def direction(state: dict[str, Tensor], *, advance: bool = True, **changes: float) -> Tensor:

@@ -9,6 +9,7 @@ import inspect
 import io
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,16 +27,18 @@ from butterfly_opt import Butterfly
 STEP_TOLERANCE = 1e-12
 
 SHAPES = ((6, 5), (4,), (3, 2, 2, 3))
+# One angle step a refit where the number of them does not matter: a small step costs 5 ms of calls, not of work.
+QUICK = {"refit_steps": 1}
 MODES: dict[str, dict[str, Any]] = {
     "axes-secant": {},
-    "axes-innovation": {"diagonal": "innovation"},
-    "axes-deep": {"depth": 3, "decoupled_weight_decay": True, "weight_decay": 0.1},
-    "flat": {"structure": "flat"},
-    "flat-blocks": {"structure": "flat", "block_size": 8, "diagonal": "innovation"},
-    "same-batch": {"pairs": "same_batch"},
-    "same-batch-flat": {"pairs": "same_batch", "structure": "flat"},
-    "newton": {"pairs": "same_batch", "scaling": "newton", "lr": 0.1},
-    "newton-ema": {"scaling": "newton", "weight_decay": 0.01},
+    "axes-innovation": {"diagonal": "innovation", **QUICK},
+    "axes-deep": {"depth": 3, "decoupled_weight_decay": True, "weight_decay": 0.1, **QUICK},
+    "flat": {"structure": "flat", **QUICK},
+    "flat-blocks": {"structure": "flat", "block_size": 8, "diagonal": "innovation", **QUICK},
+    "same-batch": {"pairs": "same_batch", "depth": 1},
+    "same-batch-flat": {"pairs": "same_batch", "structure": "flat", "depth": 1},
+    "newton": {"pairs": "same_batch", "scaling": "newton", "lr": 0.1, "depth": 1},
+    "newton-ema": {"scaling": "newton", "weight_decay": 0.01, "depth": 1},
 }
 every_mode = pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
 
@@ -308,7 +311,7 @@ def test_zero_gradients_from_the_start_change_nothing(options: dict[str, Any]) -
             param.grad = torch.zeros_like(param)
         return torch.zeros(())
 
-    for _ in range(12):
+    for _ in range(8):
         opt.step(closure)
     assert_same(values(params), start)
     for state in snapshot(opt):
@@ -400,14 +403,14 @@ def through_state_dict_in_place(opt: Butterfly, params: list[nn.Parameter], opti
     """Rolls the same optimizer back, after it has gone on: its cached bases must not survive."""
     kept, saved = values(params), copy.deepcopy(opt.state_dict())
     other = copy.deepcopy((opt, params))
-    train(opt, params, range(100, 105))
+    train(opt, params, range(100, 103))
     with torch.no_grad():
         for param, value in zip(params, kept, strict=True):
             param.copy_(value)
     opt.load_state_dict(saved)
     resumed = (opt, params)
-    train(*other, range(12, 20))
-    train(*resumed, range(12, 20))
+    train(*other, range(8, 12))
+    train(*resumed, range(8, 12))
     assert_same(values(resumed[1]), values(other[1]))
     return resumed
 
@@ -440,7 +443,7 @@ def test_continuation_is_bit_identical(options: dict[str, Any], way: Callable, d
 def test_loading_into_the_same_optimizer(options: dict[str, Any]) -> None:
     params = make_params()
     opt = Butterfly(params, **options)
-    train(opt, params, range(12))
+    train(opt, params, range(8))
     through_state_dict_in_place(opt, params, options)
 
 
@@ -614,7 +617,7 @@ def test_extreme_gradients_keep_everything_finite(options: dict[str, Any], scale
             param.grad.clamp_(-1, 1).mul_(scale)
         return loss
 
-    for step in range(12):
+    for step in range(8):
         opt.step(lambda step=step: closure(step))
     assert all(torch.isfinite(param).all() for param in params)
     assert all(torch.isfinite(v).all() for s in snapshot(opt) for v in s.values() if isinstance(v, Tensor))
@@ -640,7 +643,8 @@ def test_a_change_of_layout_restarts_with_one_warning(change: dict[str, Any]) ->
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(opt, params, range(5, 9))
-    assert [str(w.message).endswith("its estimate restarts") for w in caught] == [True]
+    (message,) = (str(w.message) for w in caught)
+    assert re.search("changed .* estimate .*restarts", message)
     assert caught[0].filename == __file__
     assert opt.state[params[0]]["step"] == 4
     assert torch.isfinite(params[0]).all()
@@ -758,18 +762,28 @@ def warm_up(step: int) -> float:
     return min(1.0, step / 200)
 
 
-@pytest.mark.parametrize("schedule", [constant_lr, warm_up])
-@pytest.mark.parametrize("gradient", [linear_grad, repeated_grad])
-@pytest.mark.parametrize("options", [{}, {"diagonal": "innovation"}])
+@pytest.mark.parametrize(
+    ("options", "gradient", "schedule", "steps"),
+    [
+        ({}, linear_grad, constant_lr, 3000),
+        ({"diagonal": "innovation"}, linear_grad, warm_up, 3000),
+        ({}, repeated_grad, warm_up, 3000),
+        ({}, linear_grad, warm_up, 400),
+        ({"diagonal": "innovation"}, repeated_grad, constant_lr, 400),
+    ],
+)
 def test_no_rotated_coordinate_moves_further_than_the_bound(
-    options: dict[str, Any], gradient: Callable[[Tensor, int], Tensor], schedule: Callable[[int], float]
+    options: dict[str, Any],
+    gradient: Callable[[Tensor, int], Tensor],
+    schedule: Callable[[int], float],
+    steps: int,
 ) -> None:
-    """3,000 steps, in each |Q^T delta| <= lr * max_update, in the basis before the refit of that step."""
+    """In each step |Q^T delta| <= lr * max_update, in the basis before the refit of that step."""
     param = nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
-    opt = Butterfly([param], lr=LR, max_update=KAPPA, **options)
+    opt = Butterfly([param], lr=LR, max_update=KAPPA, refit_steps=1, depth=1, **options)
     schedules = LambdaLR(opt, schedule)
     largest = 0.0
-    for step in range(3000):
+    for step in range(steps):
         param.grad = gradient(param, step)
         before, basis = param.detach().clone(), opt._bases.get(param)
         bound = opt.param_groups[0]["lr"] * KAPPA
@@ -791,8 +805,8 @@ def test_the_bound_is_reached_on_a_linear_loss() -> None:
     steps = []
     for max_update in (KAPPA, 1e9):
         param = nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
-        opt = Butterfly([param], lr=LR, max_update=max_update, refit_steps=0)
-        for step in range(1500):
+        opt = Butterfly([param], lr=LR, betas=(0.9, 0.95), max_update=max_update, refit_steps=0)
+        for step in range(300):
             before = param.detach().clone()
             param.grad = linear_grad(param, step)
             opt.step()
@@ -810,7 +824,7 @@ def test_max_update_bounds_same_batch_steps(scaling: str) -> None:
         param.grad = 1e3 * repeated_grad(param, 0)
         return param.grad.sum()
 
-    for _ in range(100):
+    for _ in range(40):
         before = param.detach().clone()
         opt.step(closure)
         bound = param.numel() ** 0.5 * LR * 0.5
@@ -883,7 +897,7 @@ trained_modes = pytest.mark.parametrize("options", TRAINED.values(), ids=TRAINED
 def trained(options: dict[str, Any]) -> tuple[Butterfly, list[nn.Parameter]]:
     params = make_params(dtype=torch.float64)
     opt = Butterfly(params, **options)
-    train(opt, params, range(20))
+    train(opt, params, range(12))
     return opt, params
 
 

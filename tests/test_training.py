@@ -4,6 +4,7 @@ Oracle: torch.optim.Adam on the same batches and initial weights, each optimizer
 rate of a small grid, linear warm-up then linear decay.
 """
 
+import itertools
 import statistics
 
 import pytest
@@ -27,7 +28,7 @@ def autoencoder_losses(make, lr, seed, steps=STEPS):
     torch.manual_seed(seed)
     widths = [64, 48, 12, 48, 64]
     layers = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(widths):
         layers += [torch.nn.Linear(fan_in, fan_out), torch.nn.Tanh()]
     network = torch.nn.Sequential(*layers[:-1])
     inputs, generator = digits(), torch.Generator().manual_seed(seed + 1)
@@ -73,9 +74,9 @@ def test_the_rotation_is_what_pays(seed):
 
 
 def test_newton_needs_fewer_gradients_than_adam_and_momentum():
-    """Digits logistic regression, gradient norm 1e-4 of its start; measured 81 against 163 and 161."""
+    """Digits logistic regression, gradient norm 1e-4 of its start; measured 95 against 163 and 161."""
     problem = Problem(l2=0.01)
-    ours = problem.evaluations(lambda p: Butterfly(p, lr=0.5, betas=(0.0, 0.5), scaling="newton"), 200)
+    ours = problem.evaluations(lambda p: Butterfly(p, lr=0.7, betas=(0.5, 0.8), scaling="newton"), 200)
     adam = [problem.evaluations(lambda p, lr=lr: torch.optim.Adam(p, lr=lr), 300) for lr in (0.03, 0.1, 0.3)]
     momentum = [
         problem.evaluations(lambda p, lr=lr: torch.optim.SGD(p, lr=lr, momentum=0.9), 300) for lr in (0.3, 1.0, 3.0)

@@ -29,6 +29,7 @@ class Basis:
 
     def __init__(self, shape: Sequence[int], axes: Sequence[Axis], backend: Backend) -> None:
         self.shape = torch.Size(shape)
+        self.backend = backend
         columns = self.shape.numel()
         self.rotations: list[tuple[int, Rotation]] = [
             (dim, backend.rotation(angles, self.shape[dim], columns=columns // self.shape[dim])) for dim, angles in axes

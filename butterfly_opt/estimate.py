@@ -33,6 +33,9 @@ State = dict[str, Any]
 Weight = float | Tensor
 
 STATE_VERSION = 1
+COUNTERS = ("step", "skipped", "angle_steps")
+"""Kept on the CPU, as torch's optimizers keep ``step``: reading them never waits for a GPU."""
+
 SKETCH_COLUMNS = 8
 SKETCH_BETA = 0.9
 
@@ -58,7 +61,7 @@ def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str, cl
         if pairs == "ema":
             names.append("displacement")
     state: State = {"version": STATE_VERSION, "calls": 0}
-    state |= {name: zeros() for name in ("step", "skipped", "angle_steps")}
+    state |= {name: torch.zeros(()) for name in COUNTERS}
     state |= {name: zeros(*layout.shape) for name in names}
     angle_names = ("angles", "angle_curvature") if clean else ("angles", "angle_mean", "angle_square")
     for axis, (dim, shape) in enumerate(zip(layout.rotated, layout.angles_shapes(depth), strict=True)):

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from butterfly_opt.backend import Backend, choose_backend
 from butterfly_opt.basis import Basis
 from butterfly_opt.estimate import (
+    COUNTERS,
     STATE_VERSION,
     State,
     angle_states,
@@ -33,6 +34,9 @@ from butterfly_opt.refit import (
     unpack_rows_,
 )
 from butterfly_opt.update import Stepped, TensorStep
+
+MAX_GRAD = 1.8e19
+"""Gradients from here on count as non-finite: their squares overflow float32."""
 
 REFIT_WARMUP = 100
 """First steps of a tensor, in each of which its basis is refitted: most of the fit happens there."""
@@ -187,7 +191,8 @@ class Butterfly(Optimizer):
         for saved_id, param in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    self.state[param][key] = value.detach().clone().to(param.device)
+                    device = torch.device("cpu") if key in COUNTERS else param.device
+                    self.state[param][key] = value.detach().clone().to(device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -204,20 +209,19 @@ class Butterfly(Optimizer):
             RuntimeError: for a sparse gradient, or if ``pairs="same_batch"`` has no closure.
             FloatingPointError: for a non-finite gradient with ``on_nonfinite="raise"``.
         """
+        if closure is None and any(group["pairs"] == "same_batch" for group in self.param_groups):
+            raise RuntimeError("pairs='same_batch' needs step(closure): the gradient is evaluated again after the step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         waiting: list[tuple[TensorStep, Stepped]] = []
-        stream = 0
-        for group in self.param_groups:
-            taken = []
-            for layout in self._layouts(group):
-                stream += 1
-                tensor = self._prepare(group, layout)
-                if tensor is not None and self._grad_is_usable(tensor):
-                    grads = _gradients(layout)
-                    taken.append((tensor, tensor.take(grads, grad=tensor.gradient(grads), stream=stream)))
+        prepared = [list(self._prepare_group(group)) for group in self.param_groups]
+        usable = self._finite([tensor for tensors in prepared for tensor in tensors])
+        for group, tensors in zip(self.param_groups, prepared, strict=True):
+            taken = [
+                (tensor, tensor.take(_gradients(tensor.layout))) for tensor in tensors if tensor.layout.owner in usable
+            ]
             if group["pairs"] == "same_batch":
                 waiting += taken
             elif has_clean_pairs(cast(Options, group)):
@@ -225,22 +229,24 @@ class Butterfly(Optimizer):
                     self._refit_clean(tensor, stepped.pair)
             else:
                 self._refit_sketches([tensor for tensor, _ in taken if _refit_is_due(tensor)], group)
-        if waiting:
-            self._learn_same_batch(closure, waiting)
+        if waiting and closure is not None:
+            with torch.enable_grad():
+                closure()
+            self._learn_same_batch(waiting)
         return loss
 
-    def preconditioner(self, param: Tensor | None = None) -> RotatedDiagonal | DirectSum:
+    def preconditioner(self, target: Tensor | dict[str, Any] | None = None) -> RotatedDiagonal | DirectSum:
         """What the next step multiplies by, ``Q diag(1 / (sqrt(V) + eps)) Q^T`` ("newton": ``Q diag(D) Q^T``).
 
         Args:
-            param: the tensor that holds this parameter; all tensors if None.
+            target: a parameter, a parameter group, or None for all groups.
 
         Returns:
-            A symmetric positive definite operator on the flattened tensor (in ``flat``: the group), or the
-            direct sum over all, indexable by parameter.
+            For a parameter a symmetric positive definite operator on it, flattened (in ``flat``: on the whole
+            group); else the direct sum over all parameters with an estimate, indexable by parameter.
 
         Raises:
-            KeyError: if ``param`` has no estimate yet.
+            KeyError: if the parameter has no estimate yet.
         """
 
         def applied(tensor: TensorStep) -> Tensor:
@@ -248,69 +254,61 @@ class Butterfly(Optimizer):
             scale += tensor.options["eps"]
             return 1 / scale if tensor.options["scaling"] == "adam" else tensor.displacement_scale(tau) / scale
 
-        return self._operators(param, applied)
+        return self._operators(target, applied)
 
     def inverse_hessian(
-        self, param: Tensor | None = None, *, damping: float = 0.0, corrected: bool = True
+        self, target: Tensor | dict[str, Any] | None = None, *, damping: float = 0.0, corrected: bool = False
     ) -> RotatedDiagonal | DirectSum:
         """The current estimate of the inverse Hessian, ``Q diag(1 / (sqrt(h^2 + nu2 / tau2) + damping)) Q^T``.
 
         In parameter units squared by loss units. Read it with care in noisy training: the gradient noise
         ``nu2`` enters the diagonal, which therefore shrinks towards ``tau / nu`` where noise dominates, and
         past noise moved the parameters, so that the regression finds curvature where there is none (about
-        ``0.1 / c`` for steps ``c gbar``). ``corrected`` subtracts that bias to first order,
-        ``C <- C - c nu2 / (2 (1 + beta1))``, and leaves the noise out of the diagonal.
+        ``0.1 / c`` for steps ``c gbar``). ``corrected`` gives ``1 / (|h| + damping)`` instead, after
+        subtracting that bias to first order, ``C <- C - c nu2 / (2 (1 + beta1))``; where the curvature
+        is small it needs a damping.
 
         Args:
-            param: the tensor that holds this parameter; all tensors if None.
+            target: a parameter, a parameter group, or None for all groups.
             damping: added to the curvature, ``(H + damping I)^-1``; loss units by parameter units squared.
-            corrected: whether to remove the bias (pairs "ema" with scaling "adam"; no effect otherwise).
+            corrected: whether to remove noise and bias (pairs "ema" with scaling "adam"; no effect otherwise).
 
         Raises:
             ValueError: for ``diagonal="innovation"``, which has no such units, for ``damping < 0``, or while
                 nothing has moved yet.
-            KeyError: if ``param`` has no estimate yet.
+            KeyError: if the parameter has no estimate yet.
         """
         if not 0.0 <= damping < float("inf"):
             raise ValueError(f"Invalid damping value: {damping!r}, expected a finite number >= 0")
-        return self._operators(param, lambda tensor: 1 / (tensor.hessian_diagonal(corrected=corrected) + damping))
+        return self._operators(target, lambda tensor: 1 / (tensor.hessian_diagonal(corrected=corrected) + damping))
 
-    def _operators(self, param: Tensor | None, diagonal: Callable[[TensorStep], Tensor]) -> RotatedDiagonal | DirectSum:
+    def _operators(
+        self, target: Tensor | dict[str, Any] | None, diagonal: Callable[[TensorStep], Tensor]
+    ) -> RotatedDiagonal | DirectSum:
         parts: list[tuple[tuple[Tensor, ...], RotatedDiagonal]] = []
-        for group in self.param_groups:
-            flat = group["structure"] == "flat"
-            layouts = [flat_layout(group["params"], group["block_size"])] if flat else map(axes_layout, group["params"])
-            for layout in layouts:
-                wanted = param is None or any(param is owned for owned in layout.params)
-                if wanted and "signature" in self.state.get(layout.owner, {}):
-                    tensor = TensorStep(
-                        layout,
-                        self.state[layout.owner],
-                        cast(Options, group),
-                        self._basis(group, layout, self.state[layout.owner]),
-                    )
+        for group in [target] if isinstance(target, dict) else self.param_groups:
+            for layout in _layouts(group):
+                wanted = not isinstance(target, Tensor) or any(target is param for param in layout.params)
+                state = self.state.get(layout.owner, {})
+                if wanted and "signature" in state:
+                    tensor = TensorStep(layout, state, cast(Options, group), self._basis(group, layout, state), 0)
                     parts.append((layout.params, RotatedDiagonal(tensor.basis, diagonal(tensor))))
-        if param is None:
+        if not isinstance(target, Tensor):
             return DirectSum(parts)
         if not parts:
-            raise KeyError(f"no estimate for this parameter of shape {tuple(param.shape)}: it took no step yet")
+            raise KeyError(f"no estimate for this parameter of shape {tuple(target.shape)}: it took no step yet")
         return parts[0][1]
 
-    def _layouts(self, group: dict[str, Any]) -> Iterator[TensorLayout]:
+    def _prepare_group(self, group: dict[str, Any]) -> Iterator[TensorStep]:
         """The tensors of a group that have a gradient in this step."""
-        params = group["params"]
-        if group["structure"] == "flat":
-            if any(param.grad is not None for param in params):
-                yield flat_layout(params, group["block_size"])
-            return
-        for param in params:
-            if param.grad is not None:
-                yield axes_layout(param)
+        layouts = _layouts(group)
+        before = sum(len(other["params"]) for other in self.param_groups[: _index(self.param_groups, group)])
+        for position, layout in enumerate(layouts):
+            if layout.owner.numel() + len(layout.params) > 1 and any(param.grad is not None for param in layout.params):
+                yield self._prepare(group, layout, stream=before + position)
 
-    def _prepare(self, group: dict[str, Any], layout: TensorLayout) -> TensorStep | None:
-        """State (made at the first gradient) and basis of a tensor; None for an empty one."""
-        if not layout.owner.numel() and len(layout.params) == 1:
-            return None
+    def _prepare(self, group: dict[str, Any], layout: TensorLayout, *, stream: int) -> TensorStep:
+        """State (made at the first gradient) and basis of a tensor."""
         for param in layout.params:
             if param.grad is not None and param.grad.is_sparse:
                 raise RuntimeError("Butterfly does not support sparse gradients; use dense ones (sparse=False)")
@@ -335,7 +333,7 @@ class Butterfly(Optimizer):
             state.update(fresh, signature=signature)
             self._bases.pop(layout.owner, None)
         state["calls"] += 1
-        return TensorStep(layout, state, cast(Options, group), self._basis(group, layout, state))
+        return TensorStep(layout, state, cast(Options, group), self._basis(group, layout, state), stream)
 
     def _basis(self, group: dict[str, Any], layout: TensorLayout, state: State) -> Basis:
         if layout.owner not in self._bases:
@@ -344,21 +342,37 @@ class Butterfly(Optimizer):
             self._bases[layout.owner] = Basis(layout.shape, axes, backend)
         return self._bases[layout.owner]
 
-    def _grad_is_usable(self, tensor: TensorStep) -> bool:
-        """Whether all gradients and their squares are finite; counts the step as skipped if not."""
-        for param in tensor.layout.params:
-            if param.grad is None or not param.grad.numel():
-                continue
-            largest = torch.linalg.vector_norm(param.grad, float("inf")).float()
-            if not torch.isfinite(largest * largest):
+    def _finite(self, tensors: list[TensorStep]) -> set[Tensor]:
+        """Owners of the tensors whose gradients, and their squares, are all finite; counts the others.
+
+        Cost: one pass over the gradients and, on a GPU, one synchronisation for all of them.
+        """
+        owners, norms = [], []
+        for tensor in tensors:
+            for param in tensor.layout.params:
+                if param.grad is not None and param.grad.numel():
+                    owners.append((tensor, param))
+                    norms.append(torch.linalg.vector_norm(param.grad, float("inf")).float())
+        by_device: dict[torch.device, list[int]] = defaultdict(list)
+        for index, norm in enumerate(norms):
+            by_device[norm.device].append(index)
+        largest = [0.0] * len(norms)
+        for indices in by_device.values():
+            values = torch.stack([norms[index] for index in indices]).tolist()
+            for index, value in zip(indices, values, strict=True):
+                largest[index] = value
+        bad: dict[Tensor, TensorStep] = {}
+        for (tensor, param), value in zip(owners, largest, strict=True):
+            if not value < MAX_GRAD:
                 if tensor.options["on_nonfinite"] == "raise":
                     raise FloatingPointError(
-                        f"non-finite gradient (largest entry {largest.item()}) of a parameter of shape "
-                        f"{tuple(param.shape)}; on_nonfinite='skip' leaves such steps out"
+                        f"non-finite gradient (largest entry {value}) of a parameter of shape {tuple(param.shape)}; "
+                        "on_nonfinite='skip' leaves such steps out"
                     )
-                tensor.state["skipped"] += 1
-                return False
-        return True
+                bad[tensor.layout.owner] = tensor
+        for tensor in bad.values():
+            tensor.state["skipped"] += 1
+        return {tensor.layout.owner for tensor in tensors} - set(bad)
 
     def _rebase(self, tensor: TensorStep) -> None:
         """Moves the averages from the basis of ``tensor`` to that of the current angles."""
@@ -371,13 +385,13 @@ class Butterfly(Optimizer):
 
     def _refit_sketches(self, tensors: list[TensorStep], group: dict[str, Any]) -> None:
         """Refits all axes of all due tensors of a group, packed into one butterfly a device and dtype."""
-        packs: dict[Any, list[tuple[Tensor, AngleState, Tensor]]] = defaultdict(list)
+        packs: dict[Any, list[tuple[Tensor, AngleState, float]]] = defaultdict(list)
         tensors = [tensor for tensor in tensors if tensor.layout.rotated]
         for tensor in tensors:
             for axis, angles in enumerate(angle_states(tensor.layout, tensor.state)):
                 sketch = tensor.state[f"sketch{axis}"]
                 key = (sketch.device, sketch.dtype, sketch.shape[1], tensor.layout.stages)
-                packs[key].append((sketch, angles, tensor.state["angle_steps"]))
+                packs[key].append((sketch, angles, tensor.state["angle_steps"].item()))
         for axes in packs.values():
             backend = choose_backend(group["backend"], axes[0][0].device, axes[0][0].dtype)
             _refit_pack(axes, backend, steps=group["refit_steps"], refit_lr=group["refit_lr"])
@@ -385,25 +399,31 @@ class Butterfly(Optimizer):
             tensor.state["angle_steps"] += group["refit_steps"]
             self._rebase(tensor)
 
-    def _learn_same_batch(self, closure: Callable[[], Any] | None, waiting: list[tuple[TensorStep, Stepped]]) -> None:
-        """Evaluates the closure after the step and takes the clean pairs into the estimates."""
-        if closure is None:
-            raise RuntimeError("pairs='same_batch' needs step(closure): the gradient is evaluated again after the step")
-        with torch.enable_grad():
-            closure()
+    def _learn_same_batch(self, waiting: list[tuple[TensorStep, Stepped]]) -> None:
+        """Takes the clean pairs into the estimates; the gradients are those after the step, on the same batch."""
+        usable = self._finite([tensor for tensor, _ in waiting])
         for tensor, stepped in waiting:
-            grads = _gradients(tensor.layout)
-            if not self._grad_is_usable(tensor):
-                continue
-            u = tensor.rotated(tensor.gradient(grads)).sub_(stepped.grad)
-            update_moments_(tensor.state, u, stepped.written, weight=stepped.weight, pair_weight=stepped.weight)
-            self._refit_clean(tensor, (u, stepped.written))
+            if tensor.layout.owner in usable:
+                u = tensor.rotated(tensor.gradient(_gradients(tensor.layout))).sub_(stepped.grad)
+                update_moments_(tensor.state, u, stepped.written, weight=stepped.weight, pair_weight=stepped.weight)
+                self._refit_clean(tensor, (u, stepped.written))
 
     def _refit_clean(self, tensor: TensorStep, pair: tuple[Tensor, Tensor] | None) -> None:
         """Refits the basis of one tensor to a clean pair, if it is due and the tensor is rotated."""
         if pair is not None and tensor.layout.rotated and _refit_is_due(tensor):
             refit_clean_(tensor.layout, tensor.state, *pair)
             self._rebase(tensor)
+
+
+def _layouts(group: dict[str, Any]) -> list[TensorLayout]:
+    """The tensors of a group."""
+    if group["structure"] == "flat":
+        return [flat_layout(group["params"], group["block_size"])] if group["params"] else []
+    return [axes_layout(param) for param in group["params"]]
+
+
+def _index(groups: list[dict[str, Any]], wanted: dict[str, Any]) -> int:
+    return next(index for index, group in enumerate(groups) if group is wanted)
 
 
 def _gradients(layout: TensorLayout) -> list[Tensor | None]:
@@ -432,14 +452,14 @@ def _own_keys(state: State) -> Iterable[str]:
     ]
 
 
-def _refit_pack(
-    axes: list[tuple[Tensor, AngleState, Tensor]], backend: Backend, *, steps: int, refit_lr: float
-) -> None:
+def _refit_pack(axes: list[tuple[Tensor, AngleState, float]], backend: Backend, *, steps: int, refit_lr: float) -> None:
     """Refits axes (sketch in rotated coordinates, angles, angle steps taken) together, in place."""
     sketches, states, taken = zip(*axes, strict=True)
     packing = pack_axes([sketch.shape[0] for sketch in sketches])
     packed = AngleState(*(pack_angles(packing, parts) for parts in zip(*states, strict=True)))
-    counts = pack_angles(packing, [count.expand_as(state.angles) for count, state in zip(taken, states, strict=True)])
+    counts = pack_angles(
+        packing, [torch.full_like(state.angles, count) for count, state in zip(taken, states, strict=True)]
+    )
     owned = pack_angles(packing, [torch.ones_like(state.angles) for state in states])
     scales = [sketch.square().mean().sqrt().clamp_min(torch.finfo(sketch.dtype).tiny) for sketch in sketches]
     unit = pack_rows(packing, [sketch / scale for sketch, scale in zip(sketches, scales, strict=True)])

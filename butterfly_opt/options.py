@@ -2,7 +2,6 @@
 
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
 from butterfly_opt.backend import BACKENDS

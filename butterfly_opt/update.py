@@ -49,12 +49,13 @@ class Stepped(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorStep:
-    """One tensor with everything a step needs to read or write."""
+    """One tensor with everything a step needs to read or write; ``stream`` is its random stream."""
 
     layout: TensorLayout
     state: State
     options: Options
     basis: Basis
+    stream: int
 
     def gradient(self, grads: Sequence[Tensor | None]) -> Tensor:
         """The gradient as one tensor, with L2 decay and ``maximize``; missing ones have no innovation."""
@@ -79,7 +80,7 @@ class TensorStep:
         if options["diagonal"] == "innovation":
             return state["grad_sq"].sqrt(), None
         found = regress(
-            state["grad_sq"], state["disp_sq"], state["cross"], beta2=options["betas"][1], step=state["step"]
+            state["grad_sq"], state["disp_sq"], state["cross"], beta2=options["betas"][1], step=state["step"].item()
         )
         energy = found.energy
         if "energy" in state and options["scaling"] == "adam":
@@ -105,7 +106,7 @@ class TensorStep:
                 "use diagonal='secant'"
             )
         beta1, beta2 = options["betas"]
-        found = regress(state["grad_sq"], state["disp_sq"], state["cross"], beta2=beta2, step=state["step"])
+        found = regress(state["grad_sq"], state["disp_sq"], state["cross"], beta2=beta2, step=state["step"].item())
         if not found.tau > 0:
             raise ValueError("no inverse-Hessian estimate yet: the parameters have not moved for enough steps")
         if corrected and options["pairs"] == "ema" and options["scaling"] == "adam":
@@ -159,34 +160,60 @@ class TensorStep:
         kept = [part if grad is not None else torch.zeros_like(part) for part, grad in zip(parts, grads, strict=True)]
         displacement.copy_(self.basis.to_rotated(self.layout.gather(kept)))
 
-    def take(self, grads: Sequence[Tensor | None], *, grad: Tensor, stream: int) -> Stepped:
-        """The step: averages, moments (pairs "ema"), direction, write. ``grad`` is ``gradient(grads)``."""
+    def take(self, grads: Sequence[Tensor | None]) -> Stepped:
+        """The step: averages, moments (pairs "ema"), direction, write."""
         state, options = self.state, self.options
         own_pairs = options["pairs"] == "ema"
         if own_pairs:
             self.freeze_missing(grads)
         state["step"] += 1
-        first, second, third = pair_weights(state["step"].item(), options["betas"])
-        rotated = self.rotated(grad)
-        delta_grad = update_mean_grad_(state["mean_grad"], rotated, first)
+        weights = pair_weights(state["step"].item(), options["betas"])
+        rotated = self.rotated(self.gradient(grads))
         displacement = state.get("displacement")
-        if own_pairs:
-            update_moments_(state, delta_grad, displacement, weight=second, pair_weight=third)
+        if own_pairs and not has_clean_pairs(options):
+            delta_grad, delta = self._noisy_step(rotated, weights)
+            written = self.write(delta, grads, track=displacement is not None)
+            sketch_weight = max(1 - SKETCH_BETA, weights[0])
+            update_sketches_(
+                state, self.layout, delta_grad, seed=options["seed"], stream=self.stream, weight=sketch_weight
+            )
+            pair = None
         else:
-            state["energy"].lerp_(rotated.square().mean(), second)
-        newest = (delta_grad, displacement) if own_pairs and displacement is not None else None
-        delta = self.direction(rotated, newest).mul_(-options["lr"])
-        written = self.write(delta, grads, track=options["diagonal"] == "secant")
-        pair = None
-        if own_pairs and has_clean_pairs(options):
-            assert displacement is not None
-            pair = (delta_grad, displacement.clone())
-        elif own_pairs:
-            sketch_weight = max(1 - SKETCH_BETA, first)
-            update_sketches_(state, self.layout, delta_grad, seed=options["seed"], stream=stream, weight=sketch_weight)
+            pair = self._clean_averages(rotated, weights, displacement)
+            written = self.write(self.direction(rotated, pair).mul_(-options["lr"]), grads, track=True)
         if displacement is not None:
-            advance_displacement_(displacement, written, first)
-        return Stepped(rotated, written, second, pair)
+            advance_displacement_(displacement, written, weights[0])
+        return Stepped(rotated, written, weights[1], pair)
+
+    def _noisy_step(self, rotated: Tensor, weights: tuple[Weight, Weight, Weight]) -> tuple[Tensor, Tensor]:
+        """Averages, moments and direction of an "ema", "adam" step: the innovation and the rotated update."""
+        state, options = self.state, self.options
+        fused = self.basis.backend.fused_step_(
+            state,
+            rotated,
+            weights=weights,
+            step=state["step"].item(),
+            lr=options["lr"],
+            beta2=options["betas"][1],
+            eps=options["eps"],
+            max_update=options["max_update"],
+        )
+        if fused is not None:
+            return rotated, fused
+        delta_grad = update_mean_grad_(state["mean_grad"], rotated, weights[0])
+        update_moments_(state, delta_grad, state.get("displacement"), weight=weights[1], pair_weight=weights[2])
+        return delta_grad, self.direction(rotated, None).mul_(-options["lr"])
+
+    def _clean_averages(
+        self, rotated: Tensor, weights: tuple[Weight, Weight, Weight], displacement: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Averages of a step with clean pairs; the newest pair, where it is known before the step."""
+        delta_grad = update_mean_grad_(self.state["mean_grad"], rotated, weights[0])
+        if displacement is None:
+            self.state["energy"].lerp_(rotated.square().mean(), weights[1])
+            return None
+        update_moments_(self.state, delta_grad, displacement, weight=weights[1], pair_weight=weights[2])
+        return delta_grad, displacement.clone()
 
 
 def bfgs_direction(inverse: Tensor, grad: Tensor, u: Tensor, w: Tensor) -> Tensor:

@@ -38,7 +38,12 @@ class Backend:
     name = "torch"
 
     def rotation(self, angles: Tensor, n: int, *, columns: int) -> Rotation:
-        """The rotation of an axis of length ``n`` that ``columns`` columns share."""
+        """The rotation of an axis of length ``n`` that ``columns`` columns share.
+
+        On a GPU no matrix products: their precision would depend on torch's global setting (TF32).
+        """
+        if angles.is_cuda:
+            return StageRotation(angles, self)
         if n <= MAX_DENSE_LENGTH:
             return DenseRotation(angles, n)
         if columns >= MIN_BLOCK_COLUMNS:

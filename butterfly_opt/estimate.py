@@ -127,7 +127,7 @@ def update_sketches_(state: State, layout: TensorLayout, u: Tensor, *, seed: int
             matrix.shape[1], SKETCH_COLUMNS, seed=seed, stream=2 * stream + axis, step=state["calls"], device=u.device
         )
         scale = energy.mean(0).clamp_min_(tiny).pow_(-0.25)
-        update_sketch_(sketch, matrix, signs * scale[:, None], weight=weight)
+        update_sketch_(sketch, matrix * scale, signs, weight=weight)
 
 
 def pair_weights(step: Weight, betas: tuple[float, float]) -> tuple[Weight, Weight, Weight]:

@@ -64,7 +64,18 @@ def update_sketch_(sketch: Tensor, matrix: Tensor, signs: Tensor, *, weight: flo
     Cost: ``2 n columns k`` flops.
     """
     keep, share = (1 - weight) ** 0.5, (weight / sketch.shape[1]) ** 0.5
-    sketch.mul_(keep).add_((matrix @ signs.to(matrix.dtype)).mul_(share))
+    sketch.mul_(keep).add_(_sign_product(matrix, signs.to(matrix.dtype)).mul_(share))
+
+
+def _sign_product(matrix: Tensor, signs: Tensor) -> Tensor:
+    """``matrix @ signs`` to nearly float32 precision whatever torch's global setting (TF32) on a GPU.
+
+    Signs and the leading bits of an entry are exact in every format, so two products suffice.
+    """
+    if not (matrix.is_cuda and matrix.dtype == torch.float32):
+        return matrix @ signs
+    leading = matrix.to(torch.bfloat16).to(torch.float32)
+    return leading @ signs + (matrix - leading) @ signs
 
 
 def _mix(bits: Bits) -> Bits:

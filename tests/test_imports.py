@@ -17,7 +17,7 @@ MATHEMATICS = {
     "pairs": set(),
     "diagonal": set(),
     "blocks": {"rotation"},
-    "refit": {"rotation"},
+    "refit": {"rotation", "backend"},
 }
 
 

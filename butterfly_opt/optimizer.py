@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from butterfly_opt.backend import Backend, choose_backend
+from butterfly_opt.backend import choose_backend
 from butterfly_opt.basis import Basis
 from butterfly_opt.estimate import (
     COUNTERS,
@@ -24,15 +24,7 @@ from butterfly_opt.estimate import (
 from butterfly_opt.layout import STRUCTURES, TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
 from butterfly_opt.options import DIAGONALS, PAIRS, Options, check_parameter, has_clean_pairs, validate
-from butterfly_opt.refit import (
-    AngleState,
-    pack_angles,
-    pack_axes,
-    pack_rows,
-    refit_sketch_,
-    unpack_angles_,
-    unpack_rows_,
-)
+from butterfly_opt.refit import AngleState, refit_pack_
 from butterfly_opt.update import Stepped, TensorStep
 
 MAX_GRAD = 1.8e19
@@ -394,7 +386,7 @@ class Butterfly(Optimizer):
                 packs[key].append((sketch, angles, tensor.state["angle_steps"].item()))
         for axes in packs.values():
             backend = choose_backend(group["backend"], axes[0][0].device, axes[0][0].dtype)
-            _refit_pack(axes, backend, steps=group["refit_steps"], refit_lr=group["refit_lr"])
+            refit_pack_(axes, steps=group["refit_steps"], refit_lr=group["refit_lr"], backend=backend)
         for tensor in tensors:
             tensor.state["angle_steps"] += group["refit_steps"]
             self._rebase(tensor)
@@ -450,30 +442,3 @@ def _own_keys(state: State) -> Iterable[str]:
     return [
         key for key, value in state.items() if isinstance(value, Tensor) or key in ("version", "calls", "signature")
     ]
-
-
-def _refit_pack(axes: list[tuple[Tensor, AngleState, float]], backend: Backend, *, steps: int, refit_lr: float) -> None:
-    """Refits axes (sketch in rotated coordinates, angles, angle steps taken) together, in place."""
-    sketches, states, taken = zip(*axes, strict=True)
-    packing = pack_axes([sketch.shape[0] for sketch in sketches])
-    packed = AngleState(*(pack_angles(packing, parts) for parts in zip(*states, strict=True)))
-    counts = pack_angles(
-        packing, [torch.full_like(state.angles, count) for count, state in zip(taken, states, strict=True)]
-    )
-    owned = pack_angles(packing, [torch.ones_like(state.angles) for state in states])
-    scales = [sketch.square().mean().sqrt().clamp_min(torch.finfo(sketch.dtype).tiny) for sketch in sketches]
-    unit = pack_rows(packing, [sketch / scale for sketch, scale in zip(sketches, scales, strict=True)])
-    refitted = refit_sketch_(
-        backend.rotate(unit, packed.angles, dim=0),
-        packed,
-        steps=steps,
-        refit_lr=refit_lr,
-        taken=counts,
-        owned=owned,
-        backend=backend,
-    )
-    for parts, whole in zip(zip(*states, strict=True), packed, strict=True):
-        unpack_angles_(packing, whole, parts)
-    unpack_rows_(packing, refitted, sketches)
-    for sketch, scale in zip(sketches, scales, strict=True):
-        sketch.mul_(scale)

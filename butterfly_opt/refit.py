@@ -193,3 +193,37 @@ def unpack_angles_(packing: Packing, packed: Tensor, parts: Sequence[Tensor]) ->
     """The inverse of ``pack_angles``: writes into ``parts``."""
     for part, offset in zip(parts, packing.offsets, strict=True):
         part.copy_(packed[:, : part.shape[1], offset // 2 : offset // 2 + part.shape[2]])
+
+
+def refit_pack_(
+    axes: Sequence[tuple[Tensor, AngleState, float]], *, steps: int, refit_lr: float, backend: Backend = TORCH
+) -> None:
+    """Refits axes of any lengths together, in place: their angles, averages and sketches.
+
+    Args:
+        axes: for each its sketch in rotated coordinates, its angles and averages, and the number of angle
+            steps taken before.
+        steps: angle steps.
+        refit_lr: length of the first angle step in radians.
+        backend: what carries out the rotations.
+    """
+    sketches, states, taken = zip(*axes, strict=True)
+    packing = pack_axes([sketch.shape[0] for sketch in sketches])
+    packed = AngleState(*(pack_angles(packing, parts) for parts in zip(*states, strict=True)))
+    counts = [torch.full_like(state.angles, count) for count, state in zip(taken, states, strict=True)]
+    scales = [sketch.square().mean().sqrt().clamp_min(torch.finfo(sketch.dtype).tiny) for sketch in sketches]
+    unit = pack_rows(packing, [sketch / scale for sketch, scale in zip(sketches, scales, strict=True)])
+    refitted = refit_sketch_(
+        backend.rotate(unit, packed.angles, dim=0),
+        packed,
+        steps=steps,
+        refit_lr=refit_lr,
+        taken=pack_angles(packing, counts),
+        owned=pack_angles(packing, [torch.ones_like(state.angles) for state in states]),
+        backend=backend,
+    )
+    for parts, whole in zip(zip(*states, strict=True), packed, strict=True):
+        unpack_angles_(packing, whole, parts)
+    unpack_rows_(packing, refitted, sketches)
+    for sketch, scale in zip(sketches, scales, strict=True):
+        sketch.mul_(scale)

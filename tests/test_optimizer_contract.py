@@ -95,7 +95,7 @@ def values(params: list[nn.Parameter]) -> list[Tensor]:
 def test_is_a_torch_optimizer() -> None:
     opt = Butterfly(make_params())
     assert isinstance(opt, torch.optim.Optimizer)
-    assert butterfly_opt.__all__ == ["Butterfly", "__version__"]
+    assert {"Butterfly", "__version__"} <= set(butterfly_opt.__all__)
     assert "Butterfly" in repr(opt)
     assert not opt.state
 

@@ -54,8 +54,8 @@ def best_final(make, grid, seed, steps=STEPS):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("structure", ["axes", "flat"])
 def test_butterfly_reaches_adams_loss_in_fewer_steps(structure, seed):
-    """At STEPS steps Butterfly is below Adam's loss at 1.4 times as many (axes; 1.15: flat)."""
-    factor = {"axes": 1.4, "flat": 1.15}[structure]
+    """At STEPS steps Butterfly is below Adam's loss at twice as many (flat: 1.5 times)."""
+    factor = {"axes": 2.0, "flat": 1.5}[structure]
     adam = best_final(
         lambda p, lr: torch.optim.Adam(p, lr=lr, betas=(0.9, 0.99)), (1e-2, 2e-2, 4e-2), seed, int(STEPS * factor)
     )
@@ -70,7 +70,7 @@ def test_the_rotation_is_what_pays(seed):
     rotated = best_final(lambda p, lr: Butterfly(p, lr=lr), (1e-2, 2e-2), seed)
     plain = best_final(lambda p, lr: Butterfly(p, lr=lr, refit_steps=0), (1e-2, 2e-2, 4e-2), seed)
     print(f"seed {seed}: rotated {rotated:.3f}, without rotation {plain:.3f}")
-    assert rotated < 0.99 * plain
+    assert rotated < 0.95 * plain
 
 
 def test_newton_needs_fewer_gradients_than_adam_and_momentum():

@@ -12,7 +12,8 @@ dictionary of tensors and numbers, in the form that ``torch.optim.Optimizer.stat
     angles{i}     angles of the i-th rotated axis  angle_steps  0-d, angle steps taken
     angle_mean{i}, angle_square{i}                 averages of their gradients (noisy pairs)
     sketch{i}     (n_i, SKETCH_COLUMNS)            running sketch of its second moment (noisy pairs)
-    angle_curvature{i}                             average of their curvatures (clean pairs)
+    angle_curvature{i}                             average of their curvatures (clean pairs, matrices)
+    angle_moments{i}                               averages behind them (clean pairs, vectors)
     energy        0-d, E[mean u^2] (same_batch)
 
 Memory: 2 numbers a coordinate with ``innovation``, 5 with ``secant``, and
@@ -24,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from butterfly_opt.basis import Basis
 from butterfly_opt.layout import TensorLayout
 from butterfly_opt.pairs import average_weight
-from butterfly_opt.refit import CURVATURE_BETA, AngleState, refit_pair_, two_sided_scale
+from butterfly_opt.refit import CURVATURE_BETA, AngleState, refit_jacobi_, refit_pair_, two_sided_scale
 from butterfly_opt.sketch import random_signs, update_sketch_
 
 State = dict[str, Any]
@@ -63,11 +65,15 @@ def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str, cl
     state: State = {"version": STATE_VERSION, "calls": 0}
     state |= {name: torch.zeros(()) for name in COUNTERS}
     state |= {name: zeros(*layout.shape) for name in names}
-    angle_names = ("angles", "angle_curvature") if clean else ("angles", "angle_mean", "angle_square")
     for axis, (dim, shape) in enumerate(zip(layout.rotated, layout.angles_shapes(depth), strict=True)):
-        state |= {f"{name}{axis}": zeros(*shape) for name in angle_names}
+        state[f"angles{axis}"] = zeros(*shape)
         if not clean:
+            state |= {f"{name}{axis}": zeros(*shape) for name in ("angle_mean", "angle_square")}
             state[f"sketch{axis}"] = zeros(layout.shape[dim], SKETCH_COLUMNS)
+        elif len(layout.shape) == 1:
+            state[f"angle_moments{axis}"] = zeros(7, *shape)
+        else:
+            state[f"angle_curvature{axis}"] = zeros(*shape)
     if pairs == "same_batch":
         state["energy"] = zeros()
     return state
@@ -84,15 +90,18 @@ def angle_states(layout: TensorLayout, state: State) -> list[AngleState]:
     return [AngleState(*(state[f"{name}{axis}"] for name in names)) for axis in range(len(layout.rotated))]
 
 
-def refit_clean_(layout: TensorLayout, state: State, u: Tensor, w: Tensor) -> None:
-    """Fits the angles to one clean pair (rotated delta_grad, delta_theta); the moments know it already."""
+def refit_clean_(layout: TensorLayout, state: State, basis: Basis, u: Tensor, w: Tensor) -> None:
+    """Fits the angles to one clean pair, rotated by ``basis``; the moments know it already."""
     state["angle_steps"] += 1
+    weight = float(average_weight(CURVATURE_BETA, state["angle_steps"].item()))
+    if len(layout.shape) == 1:
+        y, s = basis.from_rotated(u), basis.from_rotated(w)
+        refit_jacobi_(y, s, state["angles0"], state["angle_moments0"], weight=weight)
+        return
     axes = [
         (dim, angles, state[f"angle_curvature{axis}"]) for axis, (dim, angles) in enumerate(rotated_axes(layout, state))
     ]
-    newest = average_weight(CURVATURE_BETA, state["angle_steps"].item())
-    scale = two_sided_scale(state["grad_sq"], state["disp_sq"])
-    refit_pair_(u, w, axes, scale=scale, weight=float(newest))
+    refit_pair_(u, w, axes, scale=two_sided_scale(state["grad_sq"], state["disp_sq"]), weight=weight)
 
 
 def update_moments_(state: State, u: Tensor, w: Tensor | None, *, weight: Weight, pair_weight: Weight) -> None:

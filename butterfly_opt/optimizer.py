@@ -310,7 +310,7 @@ class Butterfly(Optimizer):
             warnings.warn(
                 "the parameters of a group, or its structure, block_size, depth, diagonal, pairs or scaling, "
                 f"changed since the last step: the estimate of the tensor of shape {layout.shape} restarts",
-                stacklevel=4,
+                stacklevel=5,
             )
             for key in [key for key in state if key in _own_keys(state)]:
                 del state[key]
@@ -403,7 +403,7 @@ class Butterfly(Optimizer):
     def _refit_clean(self, tensor: TensorStep, pair: tuple[Tensor, Tensor] | None) -> None:
         """Refits the basis of one tensor to a clean pair, if it is due and the tensor is rotated."""
         if pair is not None and tensor.layout.rotated and _refit_is_due(tensor):
-            refit_clean_(tensor.layout, tensor.state, *pair)
+            refit_clean_(tensor.layout, tensor.state, tensor.basis, *pair)
             self._rebase(tensor)
 
 

@@ -13,14 +13,18 @@ With noisy pairs angle steps are Adam's, in radians, on gradients made dimension
 ``refit_lr`` per angle whatever the scale of the loss, and ``ANGLE_EPS`` keeps rounding from being
 amplified to a full step. The step length shrinks with the number of steps (``settling_rate``).
 
-With clean pairs they are damped Newton steps, ``NEWTON_DAMPING * gradient / E[curvature]``, at most
-``MAX_NEWTON_STEP``: since the gradient of every pair vanishes at the solution, they converge linearly.
+With clean pairs and angles shared by many columns they are damped Newton steps,
+``NEWTON_DAMPING * gradient / E[curvature]``, at most ``MAX_NEWTON_STEP``: since the gradient of every pair
+vanishes at the solution, they converge linearly. Where every pair of coordinates has an angle of its own
+(vectors), stage after stage the angle is the closed-form Jacobi angle of a 2 x 2 least-squares Hessian
+(``refit_jacobi_``): two pairs determine it, however parallel they are.
 
 Many axes at once: ``pack_axes`` lays axes of any lengths behind one another, each starting at a
 multiple of its own power of two. A stage with stride 2**l then pairs ``(i, i + 2**l)`` everywhere:
 the whole collection is *one* butterfly, rotated and refitted with one sequence of operations.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,7 +32,7 @@ import torch
 from torch import Tensor
 
 from butterfly_opt.backend import TORCH, Backend
-from butterfly_opt.rotation import angle_curvature, angle_gradient, num_stages
+from butterfly_opt.rotation import angle_curvature, angle_gradient, num_stages, pair_moments_pass_
 
 ANGLE_BETAS = (0.9, 0.99)
 ANGLE_EPS = 1e-4
@@ -144,6 +148,42 @@ def refit_pair_(
         floor = torch.finfo(curvature.dtype).eps * curvature.abs().amax().clamp_min(torch.finfo(curvature.dtype).tiny)
         step = NEWTON_DAMPING * gradient / curvature.abs().clamp_min(floor)
         angles.sub_(step.clamp_(-MAX_NEWTON_STEP, MAX_NEWTON_STEP))
+
+
+def refit_jacobi_(delta_grad: Tensor, delta_theta: Tensor, angles: Tensor, moments: Tensor, *, weight: float) -> None:
+    """Sets the angles of a vector's butterfly stage by stage to Jacobi angles, in place.
+
+    For the partners ``(lo, hi)`` of a stage, ``H2 = E[y s'] E[s s']^-1`` is the least-squares Hessian of the
+    pairs seen so far; the angle ``0.5 atan2(2 h12, h11 - h22)`` makes it diagonal, taken modulo pi/2 next
+    to the present one, so that the coordinates do not change their places.
+
+    Args:
+        delta_grad: ``y`` in the original coordinates, ``(n,)``.
+        delta_theta: ``s``, ``(n,)``.
+        angles: ``(depth, num_stages, n // 2)``.
+        moments: ``(7, *angles.shape)``, averages of the products of partners, updated.
+        weight: weight of this pair in ``moments``.
+
+    Cost: one rotation of two vectors, and 7 numbers of state an angle.
+    """
+    quarter = math.pi / 2
+
+    def update(butterfly: int, stage: int, slots: slice, lo: Tensor, hi: Tensor) -> Tensor:
+        (y0, s0), (y1, s1) = lo, hi
+        average = moments[:, butterfly, stage, slots]
+        average.lerp_(torch.stack((s0 * s0, s0 * s1, s1 * s1, y0 * s0, y0 * s1, y1 * s0, y1 * s1)), weight)
+        s00, s01, s11, y00, y01, y10, y11 = average
+        determinant = s00 * s11 - s01 * s01
+        known = determinant > 1e3 * torch.finfo(average.dtype).eps * s00 * s11
+        # Cramer's rule; the common factor 1 / determinant > 0 does not change the angle.
+        twice_h12 = y01 * s00 - y00 * s01 + y10 * s11 - y11 * s01
+        difference = y00 * s11 - y01 * s01 - y11 * s00 + y10 * s01
+        present = angles[butterfly, stage, slots]
+        jacobi = 0.5 * torch.atan2(twice_h12, difference)
+        jacobi += quarter * torch.round((present - jacobi) / quarter)
+        return torch.where(known, jacobi, present)
+
+    pair_moments_pass_(torch.stack((delta_grad, delta_theta)).view(2, 1, -1, 1), angles, update)
 
 
 class Packing(NamedTuple):

@@ -32,7 +32,7 @@ Glossary, used throughout the package:
 Cost of a rotation: 3 n num_stages depth flops a column; memory: one copy of the input.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -172,6 +172,25 @@ def angle_curvature(u: Tensor, grad_u: Tensor, weights: Tensor, angles: Tensor, 
                 w_hi += swapped
             _turn_(both, c, s, stage)
     return curvature
+
+
+def pair_moments_pass_(
+    columns: Tensor, angles: Tensor, update: Callable[[int, int, slice, Tensor, Tensor], Tensor]
+) -> None:
+    """Takes two vectors through ``Q^T`` stage by stage, letting each stage choose its angles first.
+
+    Args:
+        columns: ``(2, 1, n, 1)``, both vectors, overwritten with their rotated coordinates.
+        angles: ``(depth, num_stages, n // 2)``, overwritten stage by stage.
+        update: called as ``update(butterfly, stage, slots, lo, hi)`` with the partners before the stage,
+            each ``(2, pairs)``; returns the angles of these slots.
+    """
+    for butterfly in range(angles.shape[0]):
+        for stage in range(angles.shape[1]):
+            row = angles[butterfly, stage]
+            for (lo, hi), slots, _ in _stage_pairs(columns, stage):
+                row[slots] = update(butterfly, stage, slots, lo.reshape(2, -1), hi.reshape(2, -1))
+            _turn_(columns, row.cos(), -row.sin(), stage)
 
 
 def dense_rotation(angles: Tensor, n: int) -> Tensor:

@@ -59,7 +59,7 @@ class SecantEstimate:
         weight = average_weight(self.beta2, self.state["step"].item())
         u, w = self._basis.to_rotated(delta_grad), self._basis.to_rotated(delta_theta)
         update_moments_(self.state, u, w, weight=weight, pair_weight=weight)
-        refit_clean_(self._layout, self.state, u, w)
+        refit_clean_(self._layout, self.state, self._basis, u, w)
         self._basis = self._current_basis()
 
     def inverse_hessian(self, *, damping: float = 0.0) -> RotatedDiagonal:

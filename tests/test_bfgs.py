@@ -7,10 +7,11 @@ Pairs ``y = H s``, all in float64. ``isotropic``: s standard normal. ``path``: s
 ``theta -= 0.5 P g`` with our own P (gradient descent in the first five steps), each step perturbed by 10 % of
 its length, starting afresh every fifth step. Dense BFGS sees the same pairs.
 
-What holds and what does not. Hessians with a butterfly eigenbasis are found exactly from isotropic pairs, up to
-condition 1e3 where each angle has its own samples or is shared. Pairs along a path are nearly parallel, where
-the two-sided criterion is flat (``sum sqrt(A B) >= sum |C|``, with equality in every basis in which s and y agree
-in sign): the larger the condition number, the slower. Dense BFGS solves a 2 x 2 problem with two pairs.
+What holds and what does not. Hessians with a butterfly eigenbasis are found exactly, from isotropic pairs and
+along a path: vectors by closed-form angles within 170 pairs up to condition 1e4, matrices (angles shared along the
+other axis) by Newton steps within 500 pairs up to condition 1e3. Two stiff factors of joint condition 2e3 are not
+found along a path, where the pairs are nearly parallel and the two-sided criterion is flat. Dense BFGS solves a
+2 x 2 problem with two pairs.
 """
 
 import math
@@ -160,10 +161,15 @@ def test_isotropic_pairs_reach_the_inverse_hessian(name: str, most: int, seed: i
     ("name", "most"),
     [
         ("diagonal 8, condition 1e3", 20),  # 10
-        ("[[2, 1], [1, 2]]", 250),  # 160
-        ("2x2, condition 10", 350),  # 220
+        ("[[2, 1], [1, 2]]", 100),  # 60
+        ("2x2, condition 10", 100),  # 60
+        ("2x2, condition 1e3, 0.3 rad", 250),  # 130
+        ("2x2, condition 1e3, pi / 4", 250),  # 120
         ("2x2, condition 1e3, pi / 2", 20),  # 10
-        ("2x2 (x) 2x2", 500),  # 310
+        ("2x2 blocks, n = 8", 200),  # 120
+        ("2x2 (x) 2x2", 500),  # 370
+        ("diagonal 4 (x) 2x2", 650),  # 450
+        ("blocks 4 (x) blocks 4", 700),  # 500
     ],
 )
 @SEEDS
@@ -171,14 +177,12 @@ def test_pairs_along_a_path_reach_the_inverse_hessian(name: str, most: int, seed
     check(name, *HESSIANS[name], "path", seed, most)
 
 
-@pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("name", ["2x2, condition 1e3, 0.3 rad", "2x2, condition 1e3, pi / 4", "2x2 blocks, n = 8"])
-@pytest.mark.xfail(strict=True, reason="nearly parallel pairs: no basis after 400 pairs, where dense BFGS has it")
-def test_pairs_along_a_path_at_high_condition(name: str, seed: int) -> None:
-    check(name, *HESSIANS[name], "path", seed, 400)
+@pytest.mark.xfail(strict=True, reason="shared angles, nearly parallel pairs: no basis after 700 pairs")
+def test_pairs_along_a_path_for_two_stiff_factors() -> None:
+    name = "2x2 (x) 2x2, condition 2e3"
+    check(name, *HESSIANS[name], "path", 0, 700)
 
 
-@pytest.mark.xfail(strict=True, reason="the block of condition 1e3 settles after some 2,000 pairs")
 def test_isotropic_pairs_for_stiff_blocks() -> None:
     name = "2x2 blocks, n = 8, condition 1e4"
     check(name, *HESSIANS[name], "isotropic", 0, 400)

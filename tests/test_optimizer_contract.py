@@ -648,7 +648,6 @@ def test_a_change_of_layout_restarts_with_one_warning(change: dict[str, Any]) ->
     assert torch.isfinite(params[0]).all()
 
 
-@pytest.mark.xfail(strict=True, reason="stacklevel=4 ends in torch.optim.optimizer's wrapper of step; the caller is 5")
 def test_the_restart_warning_points_at_the_caller() -> None:
     params = make_params(((6, 5),))
     opt = Butterfly(params)

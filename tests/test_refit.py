@@ -71,9 +71,7 @@ def test_pack_refits_each_axis_as_alone(lengths: list[int], depth: int) -> None:
     packed = AngleState(*(pack_angles(packing, parts) for parts in zip(*states, strict=True)))
     owned = pack_angles(packing, [torch.ones_like(state.angles) for state in states])
     counts = pack_angles(packing, [c.expand_as(s.angles) for c, s in zip(taken, states, strict=True)])
-    result = refit_sketch_(
-        pack_rows(packing, sketches), packed, steps=3, refit_lr=0.05, taken=counts, owned=owned
-    )
+    result = refit_sketch_(pack_rows(packing, sketches), packed, steps=3, refit_lr=0.05, taken=counts, owned=owned)
     for parts, whole in zip(zip(*states, strict=True), packed, strict=True):
         unpack_angles_(packing, whole, parts)
     unpack_rows_(packing, result, sketches)

@@ -274,9 +274,7 @@ def test_angle_curvature_sums_columns_and_batches() -> None:
     u = rotate(y, angles, dim=2, transpose=True)
     whole = angle_curvature(u, weights * u, weights, angles, dim=2)
     for b in range(2):
-        parts = [
-            angle_curvature(u[b, i], (weights * u)[b, i], weights[b, i], angles[b], dim=0) for i in range(3)
-        ]
+        parts = [angle_curvature(u[b, i], (weights * u)[b, i], weights[b, i], angles[b], dim=0) for i in range(3)]
         torch.testing.assert_close(whole[b], sum(parts), rtol=1e-12, atol=1e-12)
 
 

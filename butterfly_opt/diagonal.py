@@ -13,7 +13,7 @@ Notation: ``u = Q^T delta_grad``, ``w = Q^T delta_theta``; the averages below ru
     V    = nu2 + h^2 tau2             >= 0, and A where nothing moved yet
     D    = sqrt(tau2 / V) = 1 / sqrt(h^2 + nu2 / tau2)    the inverse-Hessian estimate, positive
 
-The ridge ``e = (1 - beta2) (A - C^2 / B) / hbar^2 + 1e-6 tau2`` is the variance of the noise in the
+The ridge ``e = (1 - beta2) (A - C^2 / B) / hbar^2 + ROUNDING tau2`` is the variance of the noise in the
 averages over that of the prior ``h ~ hbar``: with noise-free pairs it vanishes and ``h`` is exact.
 Clean pairs (nu2 -> 0) give the Newton scaling ``1 / |h|``; pure noise gives whitening by the centred
 gradient noise, as Adam's. Where noise dominates, ``C`` is biased, since past noise moved the
@@ -47,6 +47,9 @@ class Curvature(NamedTuple):
         return self.noise.addcmul(self.slope, self.slope)
 
 
+ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Share of tau2 below which the motion of a coordinate is not believed."""
+
 MIN_STEPS = 5
 """Steps before the regression is believed; ``V = A`` until then."""
 
@@ -74,7 +77,7 @@ def regress(
     spread = (grad_sq - c.square() / (b + 1e-12)).clamp_min_(0)
     # Relative to mean_slope first: the ratio is of order one where the squares may overflow.
     ratio = spread.sqrt_().mul_(1 / mean_slope.clamp_min(tiny**0.5)).clamp_(max=1e6)
-    ridge = ratio.square_().mul_(1 - beta2).add_(1e-6)
+    ridge = ratio.square_().mul_(1 - beta2).add_(ROUNDING[grad_sq.dtype])
     slope = (c + ridge * mean_slope) / (b + ridge)
     noise = (grad_sq - slope * (2 * c - slope * b)).clamp_min_(0)
     return Curvature(slope, noise, tau)

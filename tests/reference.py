@@ -102,7 +102,9 @@ def weighted_average(history: Sequence[ArrayLike], weights: Sequence[float]) -> 
     return total
 
 
-def secant_regression(A: ArrayLike, B: ArrayLike, C: ArrayLike, beta2: float) -> tuple[Array, Array, float]:
+def secant_regression(
+    A: ArrayLike, B: ArrayLike, C: ArrayLike, beta2: float, *, rounding: float
+) -> tuple[Array, Array, float]:
     """``h``, ``nu2`` and ``tau2`` from the averages of u^2, w^2 and u w, one coordinate at a time.
 
     With everything at rest (B = 0) the slope is 0 and all energy is noise.
@@ -116,7 +118,7 @@ def secant_regression(A: ArrayLike, B: ArrayLike, C: ArrayLike, beta2: float) ->
     for index in np.ndindex(A.shape):
         a, b, c = A[index], B[index], C[index]
         unexplained = max(0.0, a - c * c / b) if b > 0 else a
-        ridge = (1 - beta2) * unexplained / hbar**2 + 1e-6 * tau2
+        ridge = (1 - beta2) * unexplained / hbar**2 + rounding * tau2
         h[index] = (c + ridge * hbar) / (b + ridge)
         nu2[index] = max(0.0, a - 2 * h[index] * c + h[index] ** 2 * b)
     return h, nu2, tau2

@@ -6,7 +6,7 @@ The only module that imports ``butterfly_opt.triton_kernels``, and only when a k
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,26 @@ class Rotation(Protocol):
     def rotate(self, x: Tensor, *, dim: int, transpose: bool = False) -> Tensor:
         """``Q x``, or ``Q^T x``, along axis ``dim``."""
         ...
+
+
+class StepScalars(NamedTuple):
+    """The numbers of an "ema", "adam" step.
+
+    Attributes:
+        weights: of this gradient in ``gbar``, in ``A``, and of this pair in ``B`` and ``C``.
+        step: steps so far, including this one.
+        lr: learning rate.
+        beta2: decay of the squares.
+        eps: added to ``sqrt(V)``.
+        max_update: bound of the update before ``lr``.
+    """
+
+    weights: tuple[float | Tensor, float | Tensor, float | Tensor]
+    step: float
+    lr: float | Tensor
+    beta2: float
+    eps: float
+    max_update: float
 
 
 class Backend:
@@ -58,29 +78,13 @@ class Backend:
         """As ``rotation.angle_gradient``."""
         return rotation.angle_gradient(u, grad_u, angles, dim=dim)
 
-    def fused_step_(
-        self,
-        state: Mapping[str, Tensor],
-        grad: Tensor,
-        *,
-        weights: tuple[float | Tensor, float | Tensor, float | Tensor],
-        step: float,
-        lr: float | Tensor,
-        beta2: float,
-        eps: float,
-        max_update: float,
-    ) -> Tensor | None:
+    def fused_step_(self, state: Mapping[str, Tensor], grad: Tensor, scalars: StepScalars) -> Tensor | None:
         """Averages and direction of an "ema", "adam" step in fused passes, or None where there are none.
 
         Args:
             state: the averages of the tensor, updated in place (all but the displacement).
             grad: rotated gradient, overwritten with the innovation ``u``.
-            weights: of this gradient in ``gbar``, in ``A``, and of this pair in ``B`` and ``C``.
-            step: steps so far, including this one.
-            lr: learning rate.
-            beta2: decay of the squares.
-            eps: added to ``sqrt(V)``.
-            max_update: bound of the update before ``lr``.
+            scalars: of this step.
 
         Returns:
             The rotated update, ``-lr`` times the direction.
@@ -110,38 +114,32 @@ class TritonBackend(Backend):
 
         return angle_gradient(_columns(u, dim), _columns(grad_u, dim), angles.cos(), angles.sin())
 
-    def fused_step_(
-        self,
-        state: Mapping[str, Tensor],
-        grad: Tensor,
-        *,
-        weights: tuple[float | Tensor, float | Tensor, float | Tensor],
-        step: float,
-        lr: float | Tensor,
-        beta2: float,
-        eps: float,
-        max_update: float,
-    ) -> Tensor | None:
+    def fused_step_(self, state: Mapping[str, Tensor], grad: Tensor, scalars: StepScalars) -> Tensor | None:
         """As ``Backend.fused_step_``, in two kernels."""
         from butterfly_opt.triton_kernels import step as kernels
 
-        mean, square, pair = weights
-        scalars = kernels.pack_scalars(
-            mean_weight=mean, grad_weight=square, pair_weight=pair, step=step, lr=lr, device=grad.device
+        mean, square, pair = scalars.weights
+        packed = kernels.pack_scalars(
+            mean_weight=mean,
+            grad_weight=square,
+            pair_weight=pair,
+            step=scalars.step,
+            lr=scalars.lr,
+            device=grad.device,
         )
         secant = {name: state[name] for name in ("disp_sq", "cross") if name in state}
         moved = {"displacement": state["displacement"]} if secant else {}
-        partial = kernels.fused_moments_(grad, state["mean_grad"], state["grad_sq"], scalars, **secant, **moved)
+        partial = kernels.fused_moments_(grad, state["mean_grad"], state["grad_sq"], packed, **secant, **moved)
         sums = None if partial is None else partial.sum(0)
         out = torch.empty_like(grad)
         kernels.fused_direction_(
             out,
             state["mean_grad"],
             state["grad_sq"],
-            scalars,
-            eps=eps,
-            max_update=max_update,
-            beta2=beta2,
+            packed,
+            eps=scalars.eps,
+            max_update=scalars.max_update,
+            beta2=scalars.beta2,
             sums=sums,
             **secant,
         )

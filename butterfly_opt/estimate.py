@@ -129,9 +129,7 @@ def update_sketches_(state: State, layout: TensorLayout, u: Tensor, *, seed: int
     tiny = torch.finfo(u.dtype).tiny
     for axis, dim in enumerate(layout.rotated):
         sketch = state[f"sketch{axis}"]
-        matrix, energy = (u, state["grad_sq"]) if dim == 0 else (u.mT, state["grad_sq"].mT)
-        if u.dim() == 1:
-            matrix, energy = u[:, None], energy[:, None]
+        matrix, energy = (x.movedim(dim, 0).reshape(x.shape[dim], -1) for x in (u, state["grad_sq"]))
         signs = random_signs(
             matrix.shape[1], SKETCH_COLUMNS, seed=seed, stream=2 * stream + axis, step=state["calls"], device=u.device
         )

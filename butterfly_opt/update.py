@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from butterfly_opt.backend import StepScalars
 from butterfly_opt.basis import Basis
 from butterfly_opt.diagonal import MIN_STEPS, regress
 from butterfly_opt.estimate import SKETCH_BETA, State, Weight, pair_weights, update_moments_, update_sketches_
@@ -188,9 +189,7 @@ class TensorStep:
     def _noisy_step(self, rotated: Tensor, weights: tuple[Weight, Weight, Weight]) -> tuple[Tensor, Tensor]:
         """Averages, moments and direction of an "ema", "adam" step: the innovation and the rotated update."""
         state, options = self.state, self.options
-        fused = self.basis.backend.fused_step_(
-            state,
-            rotated,
+        scalars = StepScalars(
             weights=weights,
             step=state["step"].item(),
             lr=options["lr"],
@@ -198,6 +197,7 @@ class TensorStep:
             eps=options["eps"],
             max_update=options["max_update"],
         )
+        fused = self.basis.backend.fused_step_(state, rotated, scalars)
         if fused is not None:
             return rotated, fused
         delta_grad = update_mean_grad_(state["mean_grad"], rotated, weights[0])

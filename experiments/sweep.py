@@ -27,7 +27,7 @@ from experiments.config import (
 )
 from experiments.data import Dataset, load_dataset
 from experiments.loop import DivergedError, NullRecorder, Outcome, fit
-from experiments.train import DEFAULT_CONFIG, Parser, check_config
+from experiments.train import DEFAULT_CONFIG, Parser, check_config, exit_code
 from experiments.trainer import Trainer, choose_device
 
 
@@ -171,30 +171,27 @@ def _sweep(entries: Sequence[Entry], seeds: Sequence[int], data: Dataset) -> int
     return code
 
 
+def _command(argv: Sequence[str] | None) -> int:
+    arguments = _parse_arguments(argv)
+    if arguments.optimizer:
+        for key in (split_override(override)[0] for override in arguments.overrides):
+            if key.partition(".")[0] == "optimizer":
+                raise ConfigError(f"'{key}' has no effect beside --optimizer: put the keyword into its SPEC")
+    config = load_config(arguments.config, arguments.overrides)
+    rates = _numbers(arguments.lr, "--lr", float)
+    seeds = [int(seed) for seed in _numbers(arguments.seeds, "--seeds", int)] or [config.seed]
+    entries = build_entries(config, arguments.optimizer, rates)
+    for entry in entries:
+        for seed in seeds:
+            config_from_dict({**entry.config.to_dict(), "seed": seed})
+        check_config(entry.config)
+    data = load_dataset(config.dataset).to(choose_device(config.device))
+    return _sweep(entries, seeds, data)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    try:
-        arguments = _parse_arguments(argv)
-        if arguments.optimizer:
-            for key in (split_override(override)[0] for override in arguments.overrides):
-                if key.partition(".")[0] == "optimizer":
-                    raise ConfigError(f"'{key}' has no effect beside --optimizer: put the keyword into its SPEC")
-        config = load_config(arguments.config, arguments.overrides)
-        rates = _numbers(arguments.lr, "--lr", float)
-        seeds = [int(seed) for seed in _numbers(arguments.seeds, "--seeds", int)] or [config.seed]
-        entries = build_entries(config, arguments.optimizer, rates)
-        for entry in entries:
-            for seed in seeds:
-                config_from_dict({**entry.config.to_dict(), "seed": seed})
-            check_config(entry.config)
-        data = load_dataset(config.dataset).to(choose_device(config.device))
-        return _sweep(entries, seeds, data)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted before the training began", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _command(argv))
 
 
 if __name__ == "__main__":

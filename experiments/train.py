@@ -170,18 +170,27 @@ def _run(trainer: Trainer, path: Path) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
+def exit_code(command: Callable[[], int]) -> int:
+    """Runs a command; turns its mistakes and interruptions into one line on stderr and an exit code."""
     try:
-        arguments = _parse_arguments(argv)
-        trainer, path = (_prepare_resumed if arguments.resume else _prepare_new)(arguments)
-        return _run(trainer, path)
+        return command()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted before the training began", file=sys.stderr)
         return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+
+    def command() -> int:
+        arguments = _parse_arguments(argv)
+        trainer, path = (_prepare_resumed if arguments.resume else _prepare_new)(arguments)
+        return _run(trainer, path)
+
+    return exit_code(command)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from butterfly_opt.layout import STRUCTURES, TensorLayout, axes_layout, flat_lay
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
 from butterfly_opt.options import DIAGONALS, PAIRS, Options, check_parameter, has_clean_pairs, validate
 from butterfly_opt.refit import AngleState, refit_pack_
-from butterfly_opt.update import Stepped, TensorStep
+from butterfly_opt.update import Stepped, TensorStep, known_displacement
 
 MAX_GRAD = 1.8e19
 """Gradients from here on count as non-finite: their squares overflow float32."""
@@ -244,7 +244,7 @@ class Butterfly(Optimizer):
         def applied(tensor: TensorStep) -> Tensor:
             scale, tau = tensor.normalizer()
             scale += tensor.options["eps"]
-            return 1 / scale if tensor.options["scaling"] == "adam" else tensor.displacement_scale(tau) / scale
+            return 1 / scale if tensor.options["scaling"] == "adam" else known_displacement(tau) / scale
 
         return self._operators(target, applied)
 

@@ -75,11 +75,11 @@ class TensorStep:
         """``Q^T g``, a new tensor."""
         return self.basis.to_rotated(grad).clamp(-MAX_ROTATED_GRAD, MAX_ROTATED_GRAD)
 
-    def normalizer(self) -> tuple[Tensor, Tensor | None]:
-        """``sqrt(V)`` in gradient units, and ``tau`` in parameter units (None for ``innovation``)."""
+    def normalizer(self) -> tuple[Tensor, Tensor]:
+        """``sqrt(V)`` in gradient units, and ``tau`` in parameter units (0 for ``innovation``)."""
         state, options = self.state, self.options
         if options["diagonal"] == "innovation":
-            return state["grad_sq"].sqrt(), None
+            return state["grad_sq"].sqrt(), state["grad_sq"].new_zeros(())
         found = regress(
             state["grad_sq"], state["disp_sq"], state["cross"], beta2=options["betas"][1], step=state["step"].item()
         )
@@ -91,12 +91,6 @@ class TensorStep:
                 found.tau > 0, energy * (state["energy"] / energy.mean().clamp_min(tiny)), state["energy"]
             )
         return energy.sqrt_(), found.tau
-
-    def displacement_scale(self, tau: Tensor | None) -> Tensor:
-        """``tau``, or INITIAL_STEP while nothing has moved."""
-        if tau is None:
-            raise ValueError("diagonal='innovation' keeps no displacements: it has no inverse-Hessian units")
-        return torch.where(tau > 0, tau, INITIAL_STEP)
 
     def hessian_diagonal(self, *, corrected: bool) -> Tensor:
         """``|h|`` or ``sqrt(h^2 + nu2 / tau2)`` in rotated coordinates; see ``Butterfly.inverse_hessian``."""
@@ -125,7 +119,7 @@ class TensorStep:
         limit = options["max_update"]
         if options["scaling"] == "adam":
             return (self.state["mean_grad"] / scale).clamp_(-limit, limit)
-        inverse = self.displacement_scale(tau) / scale
+        inverse = known_displacement(tau) / scale
         if pair is None or not self.state["step"] > MIN_STEPS:
             return (inverse * rotated_grad).clamp_(-limit, limit)
         return bfgs_direction(inverse, rotated_grad, *pair).clamp_(-limit, limit)
@@ -214,6 +208,11 @@ class TensorStep:
             return None
         update_moments_(self.state, delta_grad, displacement, weight=weights[1], pair_weight=weights[2])
         return delta_grad, displacement.clone()
+
+
+def known_displacement(tau: Tensor) -> Tensor:
+    """``tau``, or INITIAL_STEP while nothing has moved."""
+    return torch.where(tau > 0, tau, INITIAL_STEP)
 
 
 def bfgs_direction(inverse: Tensor, grad: Tensor, u: Tensor, w: Tensor) -> Tensor:

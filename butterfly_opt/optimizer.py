@@ -310,7 +310,7 @@ class Butterfly(Optimizer):
             warnings.warn(
                 "the parameters of a group, or its structure, block_size, depth, diagonal, pairs or scaling, "
                 f"changed since the last step: the estimate of the tensor of shape {layout.shape} restarts",
-                stacklevel=5,
+                stacklevel=6,
             )
             for key in [key for key in state if key in _own_keys(state)]:
                 del state[key]

@@ -208,7 +208,9 @@ class Butterfly(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         waiting: list[tuple[TensorStep, Stepped]] = []
-        prepared = [list(self._prepare_group(group)) for group in self.param_groups]
+        prepared: list[list[TensorStep]] = []
+        for group in self.param_groups:  # no comprehension: its frame would shift the stacklevel of the warning
+            prepared.append(list(self._prepare_group(group)))
         usable = self._finite([tensor for tensors in prepared for tensor in tensors])
         for group, tensors in zip(self.param_groups, prepared, strict=True):
             taken = [

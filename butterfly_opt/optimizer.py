@@ -209,8 +209,10 @@ class Butterfly(Optimizer):
                 loss = closure()
         waiting: list[tuple[TensorStep, Stepped]] = []
         prepared: list[list[TensorStep]] = []
+        streams = 0
         for group in self.param_groups:  # no comprehension: its frame would shift the stacklevel of the warning
-            prepared.append(list(self._prepare_group(group)))
+            prepared.append(list(self._prepare_group(group, first_stream=streams)))
+            streams += len(group["params"])
         usable = self._finite([tensor for tensors in prepared for tensor in tensors])
         for group, tensors in zip(self.param_groups, prepared, strict=True):
             taken = [
@@ -293,13 +295,11 @@ class Butterfly(Optimizer):
             raise KeyError(f"no estimate for this parameter of shape {tuple(target.shape)}: it took no step yet")
         return parts[0][1]
 
-    def _prepare_group(self, group: dict[str, Any]) -> Iterator[TensorStep]:
+    def _prepare_group(self, group: dict[str, Any], *, first_stream: int) -> Iterator[TensorStep]:
         """The tensors of a group that have a gradient in this step."""
-        layouts = _layouts(group)
-        before = sum(len(other["params"]) for other in self.param_groups[: _index(self.param_groups, group)])
-        for position, layout in enumerate(layouts):
+        for stream, layout in enumerate(_layouts(group), first_stream):
             if layout.owner.numel() + len(layout.params) > 1 and any(param.grad is not None for param in layout.params):
-                yield self._prepare(group, layout, stream=before + position)
+                yield self._prepare(group, layout, stream=stream)
 
     def _prepare(self, group: dict[str, Any], layout: TensorLayout, *, stream: int) -> TensorStep:
         """State (made at the first gradient) and basis of a tensor."""
@@ -314,7 +314,7 @@ class Butterfly(Optimizer):
                 f"changed since the last step: the estimate of the tensor of shape {layout.shape} restarts",
                 stacklevel=6,
             )
-            for key in [key for key in state if key in _own_keys(state)]:
+            for key in _own_keys(state):
                 del state[key]
         if "signature" not in state:
             fresh = new_state(
@@ -414,10 +414,6 @@ def _layouts(group: dict[str, Any]) -> list[TensorLayout]:
     if group["structure"] == "flat":
         return [flat_layout(group["params"], group["block_size"])] if group["params"] else []
     return [axes_layout(param) for param in group["params"]]
-
-
-def _index(groups: list[dict[str, Any]], wanted: dict[str, Any]) -> int:
-    return next(index for index, group in enumerate(groups) if group is wanted)
 
 
 def _gradients(layout: TensorLayout) -> list[Tensor | None]:

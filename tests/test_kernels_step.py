@@ -1,10 +1,9 @@
-"""Tests of triton_kernels/step.py.
+"""Tests of triton_kernels/step.py: averages and direction.
 
 Oracles: the torch functions of the package that the kernels replace, in float32, and the formulas of
 ``diagonal.regress`` written out in float64. Without a GPU the kernels run in Triton's interpreter.
 """
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -12,10 +11,8 @@ import torch
 from torch import Tensor
 
 from butterfly_opt import diagonal, estimate, update
-from butterfly_opt.optimizer import Butterfly
 from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
-from butterfly_opt.triton_kernels import launch, step
-from butterfly_opt.triton_kernels.rotate import rotate_columns
+from butterfly_opt.triton_kernels import step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [1, 2, 5, 127, 1000, 4097]
@@ -28,8 +25,10 @@ OPTIONS: dict[str, Any] = {"eps": 1e-8, "max_update": 3.0}
 SECANT = ("displacement", "disp_sq", "cross")
 
 
-def scalars(step_count: float = 20, lr: float | Tensor = 0.01, **changes: float) -> Tensor:
-    return step.pack_scalars(**(WEIGHTS | changes), step=step_count, lr=lr, device=DEVICE)
+def scalars(step_count: float = 20, lr: float = 0.01, usable: float = 1, **changes: float) -> Tensor:
+    """One row, in the order of ``table.SCALARS``."""
+    weights = WEIGHTS | changes
+    return torch.tensor([[*weights.values(), step_count, lr, usable]], device=DEVICE)
 
 
 def make(shape: int | tuple[int, ...], *, secant: bool = True, scale: float = 1.0, seed: int = 0) -> dict[str, Tensor]:
@@ -49,8 +48,15 @@ def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
+def lists(states: list[dict[str, Tensor]], *names: str) -> dict[str, Any]:
+    """The named tensors of all states, as a table takes them; nothing of what the states do not have."""
+    plural = {name: f"{name}es" if name == "cross" else f"{name}s" for name in names if name in states[0]}
+    return {label: [state[name] for state in states] for name, label in plural.items()}
+
+
 def moments(state: dict[str, Tensor], row: Tensor) -> Tensor | None:
-    return step.fused_moments_(**state, scalars=row)
+    """``moments_`` of one tensor."""
+    return step.moments_(step.moments_table(**lists([state], *state)), row)
 
 
 def torch_moments(state: dict[str, Tensor]) -> None:
@@ -76,17 +82,18 @@ def torch_direction(state: dict[str, Tensor], *, step_count: float = 20, lr: flo
     return (state["mean_grad"] / scale).clamp_(-options["max_update"], options["max_update"]).mul_(-lr)
 
 
-def direction(state: dict[str, Tensor], *, advance: bool = True, **changes: float) -> Tensor:
-    numbers = {name: changes.pop(name) for name in ("step_count", "lr") if name in changes}
-    out = torch.full_like(state["mean_grad"], float("nan"))
+def direction(state: dict[str, Tensor], *, advance: bool = True, **changes: Any) -> Tensor:
+    """``direction_`` of one tensor."""
+    numbers = {name: changes.pop(name) for name in ("step_count", "lr", "usable") if name in changes}
+    state = state | {"out": torch.full_like(state["mean_grad"], float("nan"))}
     secant: dict[str, Any] = {}
     if "cross" in state:
-        secant = {name: state[name] for name in ("disp_sq", "cross")} | {"beta2": BETA2}
-        secant["sums"] = torch.stack([state["disp_sq"].sum(), state["cross"].abs().sum()])
-        if advance:
-            secant["displacement"] = state["displacement"]
-    step.fused_direction_(out, state["mean_grad"], state["grad_sq"], scalars(**numbers), **OPTIONS | changes, **secant)
-    return out
+        sums = torch.stack([state["disp_sq"].sum(), state["cross"].abs().sum()])[None]
+        secant = {"beta2": BETA2, "sums": changes.pop("sums", sums)}
+    moved = ["displacement"] if advance else []
+    table = step.direction_table(**lists([state], "out", "mean_grad", "grad_sq", "disp_sq", "cross", *moved))
+    step.direction_(table, scalars(**numbers), **OPTIONS | changes, **secant)
+    return state["out"]
 
 
 def naive_energy(state: dict[str, Tensor]) -> Tensor:
@@ -115,15 +122,15 @@ def test_moments_equal_torch(size, secant):
     state = make(size, secant=secant)
     expected = copied(state)
     torch_moments(expected)
-    partial = moments(state, scalars())
+    total = moments(state, scalars())
     for name, tensor in expected.items():
         assert error(state[name], tensor) < TOLERANCE["torch"], name
     if secant:
-        assert partial.shape == (-(-size // step.BLOCK), 2)
+        assert total.shape == (1, 2)
         sums = torch.stack([expected["disp_sq"].double().sum(), expected["cross"].abs().double().sum()])
-        assert error(partial.sum(0), sums) < 1e-6
+        assert error(total[0], sums) < 1e-6
     else:
-        assert partial is None
+        assert total is None
 
 
 def test_moments_equal_float64():
@@ -218,182 +225,63 @@ def test_nan_is_not_clipped_away(secant):
     assert result[0].isnan() and torch.equal(result.isnan(), reference.isnan())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", SIZES)
-def test_write_rounds_once(size, dtype):
-    param, change = torch.randn(2, size, generator=torch.Generator().manual_seed(size)).to(DEVICE)
-    param = param.to(dtype)
-    before, version = param.clone(), param._version
-    written = torch.empty_like(change)
-    step.fused_write_(param, change, scale_decay=0.875, written=written)
-    expected = before.double() * 0.875 + change.double()
-    assert error(param, expected) < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
-    assert torch.equal(written, param.float() - before.float())
-    assert param._version > version
-    plain = before.clone()
-    step.fused_write_(plain, change)
-    assert torch.equal(plain, before.add_(change))
+@pytest.mark.parametrize("secant", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_unusable_gradients_change_nothing(secant, bad):
+    state = make(5000, secant=secant)
+    state["grad"][::7] = bad
+    kept = copied(state)
+    total = moments(state, scalars(usable=0))
+    assert torch.equal(state.pop("grad"), torch.zeros_like(kept.pop("grad")))
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+    if secant:
+        assert error(total[0], torch.stack([kept["disp_sq"].sum(), kept["cross"].abs().sum()])) < 1e-6
+    out = direction(state, usable=0)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
 
 
-def test_write_rounds_to_nearest_even_and_keeps_nonfinite():
-    exact = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-8, 3.4e38, torch.inf, torch.nan])
-    param = torch.zeros(8, dtype=torch.bfloat16, device=DEVICE)
-    step.fused_write_(param, exact.to(DEVICE))
-    assert torch.equal(param.nan_to_num(7.0), exact.bfloat16().to(DEVICE).nan_to_num(7.0))
-    assert param[-1].isnan()
+def test_unusable_averages_give_no_direction():
+    """With the first gradient not finite nothing is known: the averages are zero, and so are their sums."""
+    state = {name: torch.zeros_like(tensor) for name, tensor in make(50).items()}
+    state["grad_sq"][3] = float("nan")
+    out = direction(state, usable=0)
+    assert torch.equal(out, torch.zeros_like(out))
 
 
 @pytest.mark.parametrize("secant", [False, True])
-@pytest.mark.parametrize("rows", [False, True])
-def test_lists_equal_single_launches(secant, rows):
+def test_lists_equal_their_tensors(secant):
+    """Tensors of all sizes, the third not usable, each with weights and a step of its own."""
     sizes = [1, 5000, 2, 2048, 127, 0, 4097]
     states = [make(size, secant=secant, seed=i) for i, size in enumerate(sizes)]
     singles = [copied(state) for state in states]
-    each = [scalars(step_count=20 - 5 * i * rows, grad_weight=0.01 * (1 + i * rows)) for i in range(len(sizes))]
-    row = torch.stack(each) if rows else each[0]
-    column = {name: [state[name] for state in states] for name in states[0]}
-    names = {name: f"{name}es" if name == "cross" else f"{name}s" for name in SECANT} if secant else {}
-    table = step.moments_table(column["grad"], column["mean_grad"], column["grad_sq"],
-                               **{plural: column[name] for name, plural in names.items()})  # fmt: skip
-    sums = step.fused_moments_many_(table, row)
-    outs = [torch.empty_like(state["grad"]) for state in states]
-    table = step.direction_table(outs, column["mean_grad"], column["grad_sq"],
-                                 **{plural: column[name] for name, plural in names.items()})  # fmt: skip
-    secant_options = {"beta2": BETA2, "sums": sums} if secant else {}
-    step.fused_direction_many_(table, row, **OPTIONS, **secant_options)
-    for i, (single, state) in enumerate(zip(singles, states, strict=True)):
-        partial = moments(single, each[i])
-        extra = {name: single[name] for name in SECANT} | {"sums": partial.sum(0), "beta2": BETA2} if secant else {}
-        out = torch.empty_like(single["grad"])
-        step.fused_direction_(out, single["mean_grad"], single["grad_sq"], each[i], **OPTIONS, **extra)
-        if sizes[i] and secant:
-            assert error(sums[i], partial.sum(0)) < 1e-6
-        if sizes[i]:
-            assert error(outs[i], out) < TOLERANCE["torch"]
+    rows = [scalars(step_count=20 - 3 * i, usable=i != 2, grad_weight=0.01 * (1 + i)) for i in range(len(sizes))]
+    total = step.moments_(step.moments_table(**lists(states, *states[0])), torch.cat(rows))
+    outs = [state | {"out": torch.empty_like(state["grad"])} for state in states]
+    table = step.direction_table(**lists(outs, "out", "mean_grad", "grad_sq", "disp_sq", "cross", "displacement"))
+    secant_options = {"beta2": BETA2, "sums": total} if secant else {}
+    step.direction_(table, torch.cat(rows), **OPTIONS, **secant_options)
+    for i, (single, state) in enumerate(zip(singles, outs, strict=True)):
+        alone = moments(single, rows[i])
+        extra: dict[str, Any] = {"step_count": 20 - 3 * i, "usable": i != 2}
+        if secant:
+            assert torch.equal(total[i], alone[0])
+            extra["sums"] = alone
+        single["out"] = direction(single, **extra)
         for name in state:
-            torch.testing.assert_close(state[name], single[name], rtol=1e-6, atol=1e-9, msg=name)
+            assert torch.equal(state[name], single[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("track", [False, True])
-def test_write_lists(dtype, track):
-    # The slices start at odd elements: the table must not promise alignment.
-    whole = torch.randn(9000, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    params = [whole[:1], whole[1:6], whole[6:4103], torch.nn.Parameter(whole[4103:8200].view(17, 241).clone())]
-    updates = [torch.randn_like(param, dtype=torch.float32) for param in params]
-    written = [torch.empty_like(update_) for update_ in updates] if track else None
-    table = step.write_table(params, updates, written=written)
-    assert not table.aligned
-    decay = torch.tensor(0.75, device=DEVICE)
-    expected = [param.detach().clone() for param in params]
-    for single, update_ in zip(expected, updates, strict=True):
-        step.fused_write_(single, update_, scale_decay=decay)
-    before = [param.detach().clone() for param in params]
-    step.fused_write_many_(table, scale_decay=decay)
-    for i, param in enumerate(params):
-        assert torch.equal(param, expected[i])
-        if track:
-            assert torch.equal(written[i], param.detach().float() - before[i].float())
-
-
-def test_table_knows_its_memory():
-    params, updates = [torch.nn.Parameter(torch.zeros(3, device=DEVICE))], [torch.ones(3, device=DEVICE)]
-    table = step.write_table(params, updates)
-    assert table.aligned and table.is_current() and table.is_for(params, updates)
-    assert not table.is_for(params) and not table.is_for(params, params) and not table.is_for()
-    assert not table.is_for([params[0][:2]], [updates[0][:2]])
-    params[0].data = torch.zeros(3, device=DEVICE)
-    assert not table.is_current()
+def test_results_do_not_depend_on_the_run():
+    first, second = make(9000), make(9000)
+    assert torch.equal(moments(first, scalars()), moments(second, scalars()))
+    assert torch.equal(direction(first), direction(second))
 
 
 def test_empty_tensors():
     state = make(0)
-    assert moments(state, scalars()).shape == (0, 2)
+    assert torch.equal(moments(state, scalars()), torch.zeros(1, 2, device=DEVICE))
     assert direction(state).shape == (0,)
-    step.fused_write_(state["grad"], state["mean_grad"])
-    step.fused_write_many_(step.write_table([state["grad"]], [state["mean_grad"]]))
-
-
-def test_pack_scalars_takes_tensors():
-    lr = torch.tensor(0.01, device=DEVICE, dtype=torch.float64)
-    assert torch.equal(scalars(lr=lr), scalars(lr=0.01))
-    assert scalars().tolist() == pytest.approx([0.1, 0.01, 0.02, 20, 0.01])
-
-
-def fused_step(state: dict[str, Any], param: Tensor, grad: Tensor, *, lr: float, secant: bool) -> None:
-    """A step of ``Butterfly`` with kernels alone, for a matrix rotated along both axes."""
-    rows, columns = param.shape
-    angles = [(state["angles0"], (1, rows, columns)), (state["angles1"], (rows, columns, 1))]
-    u = grad.clone()
-    for a, shape in angles:
-        rotate_columns(u.view(shape), a.cos(), a.sin(), transpose=True, out=u.view(shape))
-    state["step"] += 1
-    weights = estimate.pair_weights(state["step"].item(), (0.9, BETA2))
-    row = step.pack_scalars(
-        **dict(zip(("mean_weight", "grad_weight", "pair_weight"), weights, strict=True)),
-        step=state["step"], lr=lr, device=DEVICE,
-    )  # fmt: skip
-    kept = {name: state[name] for name in SECANT} if secant else {}
-    partial = step.fused_moments_(u, state["mean_grad"], state["grad_sq"], row, **kept)
-    out = torch.empty_like(u)
-    if secant:
-        kept |= {"sums": partial.sum(0), "beta2": BETA2}
-    step.fused_direction_(out, state["mean_grad"], state["grad_sq"], row, **OPTIONS, **kept)
-    for a, shape in reversed(angles):
-        rotate_columns(out.view(shape), a.cos(), a.sin(), out=out.view(shape))
-    step.fused_write_(param, out)
-
-
-@pytest.mark.parametrize("name", ["innovation", "secant"])
-def test_steps_equal_the_optimizer(name, monkeypatch):
-    monkeypatch.setattr(launch, "MIN_PROGRAMS", 1)
-    generator = torch.Generator().manual_seed(0)
-    fused, target = torch.randn(2, 6, 5, generator=generator).to(DEVICE)
-    scale = torch.rand(6, 5, generator=generator).to(DEVICE) * 5
-    param = torch.nn.Parameter(fused.clone())
-    optimizer = Butterfly([param], lr=0.05, diagonal=name, depth=1, refit_steps=0)
-    param.grad = torch.zeros_like(param)
-    optimizer.step()
-    # The state is there and, after a zero gradient, says nothing yet: give it a basis of its own.
-    saved = optimizer.state_dict()
-    for key in ("angles0", "angles1"):
-        saved["state"][0][key] = torch.randn(saved["state"][0][key].shape, generator=generator)
-    optimizer.load_state_dict(saved)
-    expected = optimizer.state[param]
-    state = {key: value.clone() if isinstance(value, Tensor) else value for key, value in expected.items()}
-    for _ in range(diagonal.MIN_STEPS + 4):
-        noise = 0.1 * torch.randn(6, 5, generator=generator).to(DEVICE)
-        param.grad = scale * (param.detach() - target) + noise
-        optimizer.step()
-        fused_step(state, fused, scale * (fused - target) + noise, lr=0.05, secant=name == "secant")
-    assert error(fused, param.detach()) < 1e-5
-    for key in ("mean_grad", "grad_sq", *(SECANT if name == "secant" else ())):
-        assert error(state[key], expected[key]) < 1e-4, key
-
-
-def test_can_use_step():
-    x = torch.zeros(4, 6, device=DEVICE)
-    assert step.can_use_step(x) and step.can_use_step(x.bfloat16(), x, x)
-    assert not step.can_use_step(x.double()) and not step.can_use_step(x, x.bfloat16())
-    assert not step.can_use_step(x.T) and not step.can_use_step(x, x.T)
-    assert not step.can_use_step(x, x.to("meta")) and not step.can_use_step(x.to("meta"), x)
-
-
-@pytest.mark.parametrize("names, change, kind, message", [
-    (("grad",), torch.bfloat16, TypeError, r"grad must be one of torch.float32, got torch.bfloat16; use butterfly_opt"),
-    (("mean_grad",), (5,), ValueError, r"mean_grad must have shape \(4, 6\) like grad, got \(5,\)"),
-    (("grad_sq",), "transposed", ValueError, r"grad_sq must be contiguous, got shape \(4, 6\)"),
-    (("cross",), "meta", ValueError, r"cross must be on .*, got meta"),
-    (("scalars",), (3,), ValueError, r"scalars must have shape \(5,\), mean_weight, .* got \(3,\)"),
-    (("scalars",), torch.float64, TypeError, r"scalars must be one of torch.float32, got torch.float64"),
-    (("cross",), None, ValueError, r"displacement, disp_sq, cross must be given together, got None for cross"),
-])  # fmt: skip
-def test_moments_refuse(names, change, kind, message):
-    arguments: dict[str, Any] = make((4, 6)) | {"scalars": scalars()}
-    for name in names:
-        arguments[name] = changed(arguments[name], change)
-    with pytest.raises(kind, match=message):
-        step.fused_moments_(**arguments)
 
 
 def changed(tensor: Tensor, change: Any) -> Tensor | None:
@@ -405,16 +293,40 @@ def changed(tensor: Tensor, change: Any) -> Tensor | None:
     return torch.ones(change, device=DEVICE) if isinstance(change, tuple) else tensor.to(change)
 
 
+@pytest.mark.parametrize("name, change, kind, message", [
+    ("grad", torch.bfloat16, TypeError, r"grads\[0\] must be one of torch.float32, got torch.bfloat16; use butterfly"),
+    ("grad", "meta", ValueError, r"mean_grads\[0\] must be on meta like grads\[0\], got|grads\[0\] must be on a CUDA"),
+    ("mean_grad", (5,), ValueError, r"mean_grads\[0\] must have shape \(4, 6\) like grads\[0\], got \(5,\)"),
+    ("mean_grad", torch.float64, TypeError, r"mean_grads\[0\] must be one of torch.float32, got torch.float64"),
+    ("grad_sq", "transposed", ValueError, r"grad_sqs\[0\] must be contiguous, got shape \(4, 6\)"),
+    ("cross", "meta", ValueError, r"crosses\[0\] must be on .*, got meta"),
+])  # fmt: skip
+def test_moments_table_refuses(name, change, kind, message):
+    state = make((4, 6))
+    state[name] = changed(state[name], change)
+    with pytest.raises(kind, match=message):
+        step.moments_table(**lists([state], *state))
+
+
+def test_secant_lists_come_together():
+    x = [torch.zeros(4, 6, device=DEVICE)]
+    with pytest.raises(ValueError, match="displacements, disp_sqs, crosses must be given together, got None for disp"):
+        step.moments_table(x, x, x, crosses=x)
+    with pytest.raises(ValueError, match="disp_sqs, crosses must be given together, got None for crosses"):
+        step.direction_table(x, x, x, disp_sqs=x)
+    with pytest.raises(ValueError, match="displacements need disp_sqs and crosses too, got None"):
+        step.direction_table(x, x, x, displacements=x)
+
+
 @pytest.mark.parametrize("changes, kind, message", [
-    ({"out": torch.float16}, TypeError, "out must be one of torch.float32, got torch.float16"),
-    ({"displacement": (2,)}, ValueError, r"displacement must have shape \(4, 6\) like out, got \(2,\)"),
-    ({"cross": (2,)}, ValueError, r"cross must have shape \(4, 6\) like out, got \(2,\)"),
-    ({"sums": (3,)}, ValueError, r"sums must have shape \(2,\), the sums of B and \|C\|, got \(3,\)"),
+    ({"scalars": (2, 6)}, ValueError, r"scalars must have shape \(1, 6\), mean_weight, .*usable, got \(2, 6\)"),
+    ({"scalars": (6,)}, ValueError, r"scalars must have shape \(1, 6\), .* got \(6,\)"),
+    ({"scalars": torch.float64}, TypeError, "scalars must be one of torch.float32, got torch.float64"),
+    ({"scalars": "meta"}, ValueError, "scalars must be on .*, got meta"),
+    ({"sums": (2,)}, ValueError, r"sums must have shape \(1, 2\), the sums of B and \|C\|, got \(2,\)"),
     ({"sums": torch.float64}, TypeError, "sums must be one of torch.float32, got torch.float64"),
     ({"sums": "meta"}, ValueError, "sums must be on .*, got meta"),
-    ({"sums": None}, ValueError, "disp_sq, cross, sums must be given together, got None for sums"),
-    ({"sums": None, "cross": None, "disp_sq": None}, ValueError, "displacement needs disp_sq, cross and sums too"),
-    ({"scalars": (2, 5)}, ValueError, r"scalars must have shape \(5,\), .* got \(2, 5\)"),
+    ({"sums": None}, ValueError, "sums must be given exactly for secant tables, got None"),
     ({"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
     ({"eps": float("nan")}, ValueError, "eps must be >= 0, got nan"),
     ({"max_update": 0.0}, ValueError, "max_update must be > 0, got 0.0"),
@@ -423,85 +335,24 @@ def changed(tensor: Tensor, change: Any) -> Tensor | None:
 ])  # fmt: skip
 def test_direction_refuses(changes, kind, message):
     state = make((4, 6))
-    arguments: dict[str, Any] = OPTIONS | {"beta2": BETA2, "scalars": scalars(), "out": state.pop("grad")} | state
-    arguments["sums"] = torch.ones(2, device=DEVICE)
+    table = step.direction_table(**lists([state | {"out": state["grad"]}], "out", "mean_grad", "grad_sq", *SECANT))
+    arguments: dict[str, Any] = OPTIONS | {"beta2": BETA2, "scalars": scalars()}
+    arguments["sums"] = torch.ones(1, 2, device=DEVICE)
     for name, change in changes.items():
         tensor = isinstance(arguments[name], Tensor)
         arguments[name] = changed(arguments[name], change) if tensor else change
     with pytest.raises(kind, match=message):
-        step.fused_direction_(**arguments)
+        step.direction_(table, **arguments)
 
 
-@pytest.mark.parametrize("changes, kind, message", [
-    ({"param": torch.float64}, TypeError, "param must be one of .*, got torch.float64"),
-    ({"update": torch.bfloat16}, TypeError, "update must be one of torch.float32, got torch.bfloat16"),
-    ({"update": (24,)}, ValueError, r"update must have shape \(4, 6\) like param, got \(24,\)"),
-    ({"written": "transposed"}, ValueError, "written must be contiguous"),
-    ({"param": "transposed"}, ValueError, "param must be contiguous"),
-    ({"scale_decay": (2,)}, ValueError, r"scale_decay must have one element on .*, got shape \(2,\)"),
-    ({"scale_decay": torch.float64}, TypeError, "scale_decay must be one of torch.float32, got torch.float64"),
-    ({"scale_decay": "meta"}, ValueError, "scale_decay must be on a CUDA device, got meta"),
-])  # fmt: skip
-def test_write_refuses(changes, kind, message):
-    x = torch.zeros(4, 6, device=DEVICE)
-    arguments = {"param": x, "update": x.clone(), "written": x.clone(), "scale_decay": torch.ones(1, device=DEVICE)}
-    arguments |= {name: changed(arguments[name], change) for name, change in changes.items()}
-    with pytest.raises(kind, match=message):
-        step.fused_write_(**arguments)
-
-
-def test_tables_refuse():
-    x = torch.zeros(4, 6, device=DEVICE)
-    with pytest.raises(ValueError, match="grads must hold at least one tensor, got none"):
-        step.moments_table([], [], [])
-    with pytest.raises(ValueError, match="grad_sqs must hold 2 tensors like grads, got 1"):
-        step.moments_table([x, x], [x, x], [x])
-    with pytest.raises(ValueError, match="displacements, disp_sqs, crosses must be given together"):
-        step.moments_table([x], [x], [x], crosses=[x])
-    with pytest.raises(TypeError, match=r"mean_grads\[1\] must be one of torch.float32, got torch.float64"):
-        step.moments_table([x, x], [x, x.double()], [x, x])
-    with pytest.raises(ValueError, match=r"outs\[1\] must be on .* like outs\[0\], got meta"):
-        step.direction_table([x, x.to("meta")], [x, x], [x, x])
-    with pytest.raises(ValueError, match="displacements need disp_sqs and crosses too, got None"):
-        step.direction_table([x], [x], [x], displacements=[x])
-    with pytest.raises(ValueError, match=r"params\[1\] must be torch.float32 like params\[0\], got torch.bfloat16"):
-        step.write_table([x, x.bfloat16()], [x, x])
-    with pytest.raises(ValueError, match=r"updates\[0\] must have shape \(4, 6\) like params\[0\], got \(24,\)"):
-        step.write_table([x], [x.view(-1)])
-
-
-def test_tables_are_not_used_on_copies(monkeypatch):
-    monkeypatch.setattr(launch, "is_interpreting", lambda: True)
-    step._check_addressable(torch.device("cpu"))
-    with pytest.raises(ValueError, match="a table cannot be used on cuda:0 under TRITON_INTERPRET=1"):
-        step._check_addressable(torch.device("cuda", 0))
-
-
-def test_list_launches_refuse():
-    x = torch.zeros(4, 6, device=DEVICE)
-    tables = {"moments": step.moments_table([x], [x], [x]), "direction": step.direction_table([x], [x], [x])}
-    secant = step.direction_table([x], [x], [x], disp_sqs=[x], crosses=[x])
+def test_launches_refuse_other_tables():
+    x = [torch.zeros(4, 6, device=DEVICE)]
+    averages, updates = step.moments_table(x, x, x), step.direction_table(x, x, x)
     with pytest.raises(ValueError, match="table must be made by direction_table, got one made by moments_table"):
-        step.fused_direction_many_(tables["moments"], scalars(), **OPTIONS)
-    with pytest.raises(ValueError, match="table must be made by write_table"):
-        step.fused_write_many_(tables["moments"])
-    with pytest.raises(ValueError, match="table must be made by moments_table"):
-        step.fused_moments_many_(tables["direction"], scalars())
-    with pytest.raises(ValueError, match=r"scalars must have shape \(5,\) or \(1, 5\), .* got \(2, 5\)"):
-        step.fused_moments_many_(tables["moments"], scalars().expand(2, 5).contiguous())
-    with pytest.raises(TypeError, match=r"scalars must be one of torch\.float32"):
-        step.fused_moments_many_(tables["moments"], scalars().double())
+        step.direction_(averages, scalars(), **OPTIONS)
+    with pytest.raises(ValueError, match="table must be made by moments_table, got one made by direction_table"):
+        step.moments_(updates, scalars())
     with pytest.raises(ValueError, match="scalars must be contiguous"):
-        step.fused_moments_many_(tables["moments"], scalars().repeat_interleave(2)[::2])
-    with pytest.raises(ValueError, match="scalars must be on a CUDA device, got meta"):
-        step.fused_moments_many_(tables["moments"], scalars().to("meta"))
-    with pytest.raises(ValueError, match="sums must be given exactly for secant tables, got None"):
-        step.fused_direction_many_(secant, scalars(), **OPTIONS, beta2=BETA2)
+        step.moments_(averages, scalars().repeat_interleave(2, 1)[:, ::2])
     with pytest.raises(ValueError, match="sums must be given exactly for secant tables, got a tensor"):
-        step.fused_direction_many_(tables["direction"], scalars(), **OPTIONS, sums=torch.ones(1, 2, device=DEVICE))
-    with pytest.raises(ValueError, match=r"sums must have shape \(1, 2\)"):
-        step.fused_direction_many_(secant, scalars(), **OPTIONS, beta2=BETA2, sums=torch.ones(2, device=DEVICE))
-    with pytest.raises(ValueError, match="beta2 must be in"):
-        step.fused_direction_many_(secant, scalars(), **OPTIONS, sums=torch.ones(1, 2, device=DEVICE))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        secant.kind = "write"
+        step.direction_(updates, scalars(), **OPTIONS, sums=torch.ones(1, 2, device=DEVICE))

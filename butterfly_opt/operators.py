@@ -1,88 +1,373 @@
-"""Symmetric operators ``Q diag(d) Q^T`` and their direct sums, as objects with ``@``."""
+"""Symmetric operators ``A = Q diag(d) Q^T`` and their direct sums, as objects.
 
-from collections.abc import Sequence
+``Q`` is orthogonal and fast, so what needs an eigendecomposition of a dense matrix acts on ``d``
+alone: inverse, square root, determinant, samples, a shift of the diagonal. Source: M. Mathieu and
+Y. LeCun, arXiv:1404.7195 (2014), section 2.
+
+Every operator is a ``SymmetricOperator`` of order n. Its arithmetic is done in its own dtype,
+float32 or float64: other input is converted. Products, ``logdet``, ``trace``, ``diagonal``,
+``eigenvalues`` and ``sample`` are differentiable in ``d`` and in the argument, and in the angles where the
+basis is an ``AngleBasis`` whose angles require a gradient.
+
+With an estimate P of an inverse Hessian, ``(H + lambda I)^-1`` is ``P.inverse().shifted(lam).inverse()``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from butterfly_opt.angle_basis import AngleBasis, apply_squared
 from butterfly_opt.basis import Basis
 
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
-class RotatedDiagonal:
+
+class SymmetricOperator(ABC):
+    """A symmetric n x n operator with a known eigenbasis Q and eigenvalues d."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """``d``, shape ``(n,)``, in the order of the columns of Q (not sorted)."""
+
+    @abstractmethod
+    def to_eigenbasis(self, x: Tensor) -> Tensor:
+        """``Q^T x`` for ``x`` of shape ``(n,)`` or ``(n, columns)``. Cost: one rotation a column."""
+
+    @abstractmethod
+    def from_eigenbasis(self, u: Tensor) -> Tensor:
+        """``Q u``, the inverse of ``to_eigenbasis``."""
+
+    @abstractmethod
+    def map_eigenvalues(self, function: Callable[[Tensor], Tensor]) -> "SymmetricOperator":
+        """``Q diag(function(d)) Q^T``, an operator of the same class that shares Q.
+
+        Args:
+            function: element-wise, such as ``torch.log`` or ``lambda d: d.clamp_min(0)``.
+        """
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """The diagonal of the n x n matrix, shape ``(n,)``, exact: ``(Q o Q) d``.
+
+        Cost: O(n log n) for butterflies of depth 1 whose basis is an ``AngleBasis``; for deeper ones, and for
+        a plain ``Basis``, O(depth m^2 log m + n m) for each axis of length m (``angle_basis.apply_squared``).
+        """
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "SymmetricOperator":
+        """The operator in another dtype, float32 or float64, or on another device.
+
+        Raises:
+            TypeError: for any other dtype, or if the basis keeps no angles.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers, for ``torch.save`` and ``torch.load(weights_only=True)``.
+
+        Raises:
+            TypeError: if the basis keeps no angles.
+        """
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(n, n)``."""
+        n = self.eigenvalues().numel()
+        return torch.Size((n, n))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the arithmetic."""
+        return self.eigenvalues().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of ``d``."""
+        return self.eigenvalues().device
+
+    @property
+    def T(self) -> "SymmetricOperator":
+        """The transpose: the operator itself."""
+        return self
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """``A x`` for ``x`` of shape ``(n,)`` or ``(n, columns)``. Cost: two rotations a column.
+
+        Raises:
+            ValueError: for any other shape.
+        """
+        rotated = self.to_eigenbasis(x)
+        d = self.eigenvalues()
+        return self.from_eigenbasis((d if rotated.dim() == 1 else d[:, None]) * rotated)
+
+    def quadratic(self, x: Tensor) -> Tensor:
+        """``x^T A x``: 0-d for ``x`` of shape ``(n,)``, ``(columns,)`` for ``(n, columns)``; one rotation a column."""
+        return self.eigenvalues() @ self.to_eigenbasis(x).square()
+
+    def inverse(self) -> "SymmetricOperator":
+        """``A^-1``.
+
+        Raises:
+            ValueError: if an eigenvalue is zero (or so small that its inverse overflows), or not finite.
+        """
+        d = self.eigenvalues()
+        if not torch.isfinite(d.reciprocal()).all() or not torch.isfinite(d).all():
+            raise ValueError(
+                f"the inverse needs eigenvalues that are finite and not zero, got {_worst(d)}; use shifted(...)"
+            )
+        return self.map_eigenvalues(torch.reciprocal)
+
+    def sqrt(self) -> "SymmetricOperator":
+        """The symmetric positive semi-definite square root: ``A.sqrt() @ (A.sqrt() @ x) = A @ x``.
+
+        Raises:
+            ValueError: if an eigenvalue is negative.
+        """
+        self._check_semidefinite("the square root")
+        return self.map_eigenvalues(torch.sqrt)
+
+    def shifted(self, shift: float | Tensor) -> "SymmetricOperator":
+        """``A + shift I``, the damped operator."""
+        return self.map_eigenvalues(lambda d: d + shift)
+
+    def logdet(self) -> Tensor:
+        """``log det A = sum log d``, 0-d. Cost: O(n).
+
+        Raises:
+            ValueError: if an eigenvalue is not positive.
+        """
+        d = self.eigenvalues()
+        if not (d > 0).all():
+            raise ValueError(f"logdet needs a positive definite operator, got {_worst(d)}; use shifted(...)")
+        return d.log().sum()
+
+    def trace(self) -> Tensor:
+        """``tr A = sum d``, 0-d. Cost: O(n)."""
+        return self.eigenvalues().sum()
+
+    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
+        """Samples of N(0, A): ``Q diag(sqrt d) z``, z standard normal.
+
+        Args:
+            sample_shape: shape of the samples.
+            generator: of ``z``, on the operator's device; torch's global one if None.
+
+        Returns:
+            ``(*sample_shape, n)``, differentiable in ``d``. Cost: one rotation a sample.
+
+        Raises:
+            ValueError: if an eigenvalue is negative.
+        """
+        self._check_semidefinite("a covariance")
+        d, count = self.eigenvalues(), torch.Size(sample_shape).numel()
+        z = torch.randn(d.numel(), count, dtype=d.dtype, device=d.device, generator=generator)
+        return self.from_eigenbasis(d.sqrt()[:, None] * z).T.reshape(*sample_shape, d.numel())
+
+    def to_dense(self) -> Tensor:
+        """The n x n matrix. Cost: n products, n^2 memory."""
+        d = self.eigenvalues()
+        return self @ torch.eye(d.numel(), dtype=d.dtype, device=d.device)
+
+    def to_scipy(self) -> "LinearOperator":
+        """A ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays, detached from the graph.
+
+        Raises:
+            ImportError: if scipy is not installed.
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        d = self.eigenvalues().detach()
+
+        def product(x: Any) -> Any:
+            with torch.no_grad():
+                return (self @ torch.as_tensor(x, dtype=d.dtype, device=d.device)).cpu().numpy()
+
+        dtype = str(d.dtype).removeprefix("torch.")
+        return LinearOperator(
+            tuple(self.shape),
+            matvec=lambda x: product(x.reshape(-1)),
+            rmatvec=lambda x: product(x.reshape(-1)),
+            matmat=product,
+            rmatmat=product,
+            dtype=dtype,
+        )
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> "SymmetricOperator":
+        """The operator that ``state_dict`` describes. The parts of a direct sum come without their parameters.
+
+        Raises:
+            ValueError: if ``state`` describes no operator.
+        """
+        kind = state.get("kind")
+        if kind == "RotatedDiagonal":
+            return RotatedDiagonal(AngleBasis.from_state_dict(state["basis"]), state["diagonal"])
+        if kind == "DirectSum":
+            return DirectSum([((), SymmetricOperator.from_state_dict(part)) for part in state["parts"]])
+        raise ValueError(f"state must be the state_dict of an operator, got kind = {kind!r}")
+
+    def _check_semidefinite(self, what: str) -> None:
+        d = self.eigenvalues()
+        if not (d >= 0).all():
+            raise ValueError(f"{what} needs a positive semi-definite operator, got {_worst(d)}; use shifted(...)")
+
+    def _check_shape(self, x: Tensor) -> None:
+        n = self.shape[0]
+        if x.dim() not in (1, 2) or x.shape[0] != n:
+            raise ValueError(f"operator of shape ({n}, {n}) cannot multiply a tensor of shape {tuple(x.shape)}")
+
+
+class RotatedDiagonal(SymmetricOperator):
     """The symmetric operator ``Q diag(d) Q^T`` of order n on flattened tensors of one shape.
 
     Args:
         basis: the rotation of tensors of ``basis.shape``, ``n = basis.shape.numel()``.
-        diagonal: ``d`` in rotated coordinates, of shape ``basis.shape``.
+        diagonal: ``d`` in rotated coordinates, of shape ``basis.shape``, float32 or float64.
 
-    Cost: two rotations a column.
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> operator = RotatedDiagonal.from_angles(torch.randn(angles_shape(64)), torch.rand(64))
+        >>> operator.sqrt() @ torch.randn(64)
     """
 
     def __init__(self, basis: Basis, diagonal: Tensor) -> None:
         if diagonal.shape != basis.shape:
             raise ValueError(f"diagonal must have shape {tuple(basis.shape)}, got {tuple(diagonal.shape)}")
         self.basis = basis
-        self.diagonal = diagonal
+        self.d = diagonal
 
-    @property
-    def shape(self) -> torch.Size:
-        """``(n, n)``."""
-        n = self.diagonal.numel()
-        return torch.Size((n, n))
+    @classmethod
+    def from_angles(cls, angles: Tensor, diagonal: Tensor) -> "RotatedDiagonal":
+        """The operator of one butterfly on vectors.
 
-    def __matmul__(self, x: Tensor) -> Tensor:
-        """``Q diag(d) Q^T x`` for ``x`` of shape ``(n,)`` or ``(n, columns)``."""
-        n = self.shape[0]
-        if x.dim() not in (1, 2) or x.shape[0] != n:
-            raise ValueError(f"operator of shape ({n}, {n}) cannot multiply a tensor of shape {tuple(x.shape)}")
-        if x.dim() == 2:
-            return torch.stack([self @ column for column in x.unbind(1)], 1) if x.shape[1] else x.clone()
-        rotated = self.basis.to_rotated(x.reshape(self.basis.shape).to(self.diagonal.dtype))
-        return self.basis.from_rotated(self.diagonal * rotated).reshape(n)
+        Args:
+            angles: ``(depth, num_stages, n // 2)``, see ``butterfly_opt.rotation``.
+            diagonal: ``d``, ``(n,)``.
+        """
+        return cls(AngleBasis(diagonal.shape, [(0, angles)]), diagonal)
 
-    def to_dense(self) -> Tensor:
-        """The ``n x n`` matrix. Cost: n applications, n^2 memory."""
-        n = self.shape[0]
-        return self @ torch.eye(n, dtype=self.diagonal.dtype, device=self.diagonal.device)
+    def eigenvalues(self) -> Tensor:
+        """``d``, shape ``(n,)``, in the order of the columns of Q (not sorted)."""
+        return self.d.reshape(-1)
+
+    def to_eigenbasis(self, x: Tensor) -> Tensor:
+        """``Q^T x``, see ``SymmetricOperator``."""
+        return self._rotate(x, transpose=True)
+
+    def from_eigenbasis(self, u: Tensor) -> Tensor:
+        """``Q u``, see ``SymmetricOperator``."""
+        return self._rotate(u, transpose=False)
+
+    def map_eigenvalues(self, function: Callable[[Tensor], Tensor]) -> "RotatedDiagonal":
+        """``Q diag(function(d)) Q^T``, see ``SymmetricOperator``."""
+        return RotatedDiagonal(self.basis, function(self.d))
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of the matrix, see ``SymmetricOperator``."""
+        return apply_squared(self.basis, self.d).reshape(-1)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "RotatedDiagonal":
+        """The operator in another dtype or on another device, see ``SymmetricOperator``."""
+        wanted = self.dtype if dtype is None else dtype
+        if wanted not in (torch.float32, torch.float64):
+            raise TypeError(f"an operator must be float32 or float64, got {wanted}")
+        basis = self._angle_basis("to").to(dtype=wanted, device=device)
+        return RotatedDiagonal(basis, self.d.to(device=device, dtype=wanted))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``SymmetricOperator``."""
+        basis = self._angle_basis("state_dict").state_dict()
+        return {"kind": "RotatedDiagonal", "basis": basis, "diagonal": self.d.detach()}
+
+    def _rotate(self, x: Tensor, *, transpose: bool) -> Tensor:
+        """``Q x`` or ``Q^T x``, all columns at once, in the shape that the basis rotates."""
+        self._check_shape(x)
+        shape = self.basis.shape
+        rotated = x.to(self.d.dtype).reshape((*shape, *x.shape[1:]))
+        for dim, rotation in self.basis.rotations if transpose else reversed(self.basis.rotations):
+            rotated = rotation.rotate(rotated, dim=dim % len(shape), transpose=transpose)
+        return rotated.reshape(x.shape)
+
+    def _angle_basis(self, method: str) -> AngleBasis:
+        if not isinstance(self.basis, AngleBasis):
+            raise TypeError(f"{method} needs a basis that keeps its angles, got {type(self.basis).__name__}")
+        return self.basis
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(n={self.shape[0]}, tensor={tuple(self.basis.shape)})"
 
 
-class DirectSum:
-    """The direct sum of the operators of several tensors, indexed by parameter.
+class DirectSum(SymmetricOperator):
+    """The direct sum of the operators of several tensors, indexed by parameter or by number.
 
     Args:
-        parts: in order, the parameters that each operator covers, and the operator.
+        parts: in order, the parameters that each operator covers (may be none), and the operator.
     """
 
-    def __init__(self, parts: Sequence[tuple[Sequence[Tensor], RotatedDiagonal]]) -> None:
-        self._parts = list(parts)
+    def __init__(self, parts: Sequence[tuple[Sequence[Tensor], SymmetricOperator]]) -> None:
+        self._parts = [(tuple(params), part) for params, part in parts]
 
-    def __getitem__(self, param: Tensor) -> RotatedDiagonal:
+    def __getitem__(self, key: Tensor | int) -> SymmetricOperator:
+        if isinstance(key, int):
+            return self._parts[key][1]
         for params, part in self._parts:
-            if any(param is covered for covered in params):
+            if any(key is covered for covered in params):
                 return part
-        raise KeyError(f"no operator for a parameter of shape {tuple(param.shape)}")
+        raise KeyError(f"no operator for a parameter of shape {tuple(key.shape)}")
 
     def __len__(self) -> int:
         return len(self._parts)
 
-    @property
-    def shape(self) -> torch.Size:
-        """``(n, n)``, n the sum over the parts."""
-        n = sum(part.shape[0] for _, part in self._parts)
-        return torch.Size((n, n))
+    def eigenvalues(self) -> Tensor:
+        """``d`` of the parts, one behind the other."""
+        return torch.cat([part.eigenvalues() for _, part in self._parts])
 
-    def __matmul__(self, x: Tensor) -> Tensor:
-        """The product with ``x`` of shape ``(n,)`` or ``(n, columns)``."""
-        if x.dim() not in (1, 2) or x.shape[0] != self.shape[0]:
-            raise ValueError(
-                f"operator of shape {tuple(self.shape)} cannot multiply a tensor of shape {tuple(x.shape)}"
-            )
-        pieces = x.split([part.shape[0] for _, part in self._parts])
-        return torch.cat([part @ piece for (_, part), piece in zip(self._parts, pieces, strict=True)])
+    def to_eigenbasis(self, x: Tensor) -> Tensor:
+        """``Q^T x``, see ``SymmetricOperator``."""
+        return torch.cat([part.to_eigenbasis(piece) for part, piece in self._pieces(x)])
+
+    def from_eigenbasis(self, u: Tensor) -> Tensor:
+        """``Q u``, see ``SymmetricOperator``."""
+        return torch.cat([part.from_eigenbasis(piece) for part, piece in self._pieces(u)])
+
+    def map_eigenvalues(self, function: Callable[[Tensor], Tensor]) -> "DirectSum":
+        """``Q diag(function(d)) Q^T``, see ``SymmetricOperator``."""
+        return DirectSum([(params, part.map_eigenvalues(function)) for params, part in self._parts])
+
+    def diagonal(self) -> Tensor:
+        """The diagonals of the parts, see ``SymmetricOperator``."""
+        return torch.cat([part.diagonal() for _, part in self._parts])
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "DirectSum":
+        """Every part in another dtype or on another device, see ``SymmetricOperator``."""
+        return DirectSum([(params, part.to(dtype, device)) for params, part in self._parts])
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``SymmetricOperator``; the parameters are not part of it."""
+        return {"kind": "DirectSum", "parts": [part.state_dict() for _, part in self._parts]}
 
     def to_dense(self) -> Tensor:
-        """The block-diagonal ``n x n`` matrix."""
+        """The block-diagonal n x n matrix."""
         return torch.block_diag(*(part.to_dense() for _, part in self._parts))
+
+    def _pieces(self, x: Tensor) -> list[tuple[SymmetricOperator, Tensor]]:
+        self._check_shape(x)
+        pieces = x.split([part.shape[0] for _, part in self._parts])
+        return [(part, piece) for (_, part), piece in zip(self._parts, pieces, strict=True)]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, (part for _, part in self._parts)))})"
+
+
+def _worst(d: Tensor) -> str:
+    """The eigenvalue to name in an error: the first that is not finite, else the smallest."""
+    broken = d[~torch.isfinite(d)]
+    if broken.numel():
+        return f"an eigenvalue {broken[0].item():.3g}"
+    return f"a smallest eigenvalue {d.min().item():.3g} and a smallest magnitude {d.abs().min().item():.3g}"

@@ -28,77 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .stages import pair_count, part, positions, residual, turn, unite
 
 _TORCH_ROTATE = "butterfly_opt.rotation.rotate"
 _TORCH_GRADIENT = "butterfly_opt.rotation.angle_gradient"
-
-
-@triton.jit
-def _positions(block, item, n, pre, post, pre_items, low_blocks, FIRST: tl.constexpr, STAGES: tl.constexpr,
-               GROUP: tl.constexpr, RUN: tl.constexpr, SHARED_HIGH: tl.constexpr,
-               SHARED_LOW: tl.constexpr):  # fmt: skip
-    """Where a tile lies.
-
-    Returns:
-        Offsets of its elements and which exist, ``(GROUP, middle, RUN)``; slots of its angles in a
-        stage, ``(GROUP or 1, middle / 2, RUN or 1)``.
-    """
-    MIDDLE: tl.constexpr = 1 << STAGES
-    LOWS: tl.constexpr = 1 << FIRST
-    groups = tl.arange(0, GROUP)[:, None, None]
-    runs = tl.arange(0, RUN)[None, None, :]
-    high_block = block // low_blocks
-    low_block = block % low_blocks
-    if SHARED_HIGH:
-        high = tl.full((1, 1, 1), 0, tl.int32) + high_block
-        row = (item % pre_items) * GROUP + groups
-    else:
-        high = high_block * GROUP + groups
-        row = tl.full((1, 1, 1), 0, tl.int32) + item % pre_items
-    if SHARED_LOW:
-        low = tl.full((1, 1, 1), 0, tl.int32) + low_block
-        column = (item // pre_items) * RUN + runs
-        inside = column < post
-    else:
-        flat = low_block * RUN + runs
-        low = flat // post
-        column = flat % post
-        inside = low < LOWS
-    middle = tl.arange(0, MIDDLE)[None, :, None]
-    index = high * (MIDDLE * LOWS) + middle * LOWS + low
-    mask = (index < n) & (row < pre) & inside
-    offsets = (row.to(tl.int64) * n + index) * post + column
-    pairs = tl.arange(0, MIDDLE // 2)[None, :, None]
-    slots = high * (MIDDLE // 2 * LOWS) + pairs * LOWS + low
-    return offsets, mask, slots
-
-
-@triton.jit
-def _pair_count(n, STAGE: tl.constexpr):
-    """Pairs of a stage: its slots are a prefix, since pairs are numbered by ascending lower partner."""
-    return (n >> (STAGE + 1)) * (1 << STAGE) + tl.maximum(n % (2 << STAGE) - (1 << STAGE), 0)
-
-
-@triton.jit
-def _part(tile, GROUP: tl.constexpr, MIDDLE: tl.constexpr, RUN: tl.constexpr, STRIDE: tl.constexpr):
-    """Lower and upper partners at distance STRIDE along MIDDLE, each ``(GROUP, MIDDLE / 2, RUN)``."""
-    blocks = tl.reshape(tile, (GROUP, MIDDLE // (2 * STRIDE), 2, STRIDE, RUN))
-    lo, hi = tl.split(tl.permute(blocks, (0, 1, 3, 4, 2)))
-    return tl.reshape(lo, (GROUP, MIDDLE // 2, RUN)), tl.reshape(hi, (GROUP, MIDDLE // 2, RUN))
-
-
-@triton.jit
-def _unite(lo, hi, GROUP: tl.constexpr, MIDDLE: tl.constexpr, RUN: tl.constexpr, STRIDE: tl.constexpr):
-    """Inverse of ``_part``."""
-    pairs = tl.reshape(tl.join(lo, hi), (GROUP, MIDDLE // (2 * STRIDE), STRIDE, RUN, 2))
-    return tl.reshape(tl.permute(pairs, (0, 1, 4, 2, 3)), (GROUP, MIDDLE, RUN))
-
-
-@triton.jit
-def _turn(tile, cos, sin, GROUP: tl.constexpr, MIDDLE: tl.constexpr, RUN: tl.constexpr, STRIDE: tl.constexpr):
-    """One stage of ``Q``: ``(lo, hi) <- (cos lo - sin hi, sin lo + cos hi)``."""
-    lo, hi = _part(tile, GROUP, MIDDLE, RUN, STRIDE)
-    return _unite(cos * lo - sin * hi, sin * lo + cos * hi, GROUP, MIDDLE, RUN, STRIDE)
 
 
 @triton.jit
@@ -107,16 +40,16 @@ def _turn_stage(x0, x1, x2, cos_ptr, sin_ptr, slots, n, table, TENSORS: tl.const
                 RUN: tl.constexpr):  # fmt: skip
     """Stage ``FIRST + LOCAL`` of up to three tiles; ``table`` is the first stage's row of the angles."""
     row = table + (FIRST + LOCAL) * (n // 2)
-    used = slots < _pair_count(n, FIRST + LOCAL)
+    used = slots < pair_count(n, FIRST + LOCAL)
     cos = tl.load(cos_ptr + row + slots, mask=used, other=1.0)
     sin = tl.load(sin_ptr + row + slots, mask=used, other=0.0)
     if TRANSPOSE:
         sin = -sin
-    x0 = _turn(x0, cos, sin, GROUP, 1 << STAGES, RUN, 1 << LOCAL)
+    x0 = turn(x0, cos, sin, GROUP, 1 << STAGES, RUN, 1 << LOCAL)
     if TENSORS > 1:
-        x1 = _turn(x1, cos, sin, GROUP, 1 << STAGES, RUN, 1 << LOCAL)
+        x1 = turn(x1, cos, sin, GROUP, 1 << STAGES, RUN, 1 << LOCAL)
     if TENSORS > 2:
-        x2 = _turn(x2, cos, sin, GROUP, 1 << STAGES, RUN, 1 << LOCAL)
+        x2 = turn(x2, cos, sin, GROUP, 1 << STAGES, RUN, 1 << LOCAL)
     return x0, x1, x2
 
 
@@ -131,7 +64,7 @@ def _rotate_kernel(in0_ptr, in1_ptr, in2_ptr, out0_ptr, out1_ptr, out2_ptr, cos_
     item = program % items
     block = (program // items) % (high_blocks * low_blocks)
     batch = (program // items // (high_blocks * low_blocks)).to(tl.int64)
-    offsets, mask, slots = _positions(
+    offsets, mask, slots = positions(
         block, item, n, pre, post, pre_items, low_blocks, FIRST, STAGES, GROUP, RUN, SHARED_HIGH, SHARED_LOW
     )
     offsets += batch * pre * n * post
@@ -164,12 +97,12 @@ def _gradient_stage(u, g, cos_ptr, sin_ptr, partial_ptr, slots, n, table, sums, 
     """Adds the moments of one stage to this program's sums, then undoes the stage."""
     MIDDLE: tl.constexpr = 1 << STAGES
     half = n // 2
-    used = slots < _pair_count(n, FIRST + LOCAL)
+    used = slots < pair_count(n, FIRST + LOCAL)
     row = table + (FIRST + LOCAL) * half
     cos = tl.load(cos_ptr + row + slots, mask=used, other=1.0)
     sin = tl.load(sin_ptr + row + slots, mask=used, other=0.0)
-    u_lo, u_hi = _part(u, GROUP, MIDDLE, RUN, 1 << LOCAL)
-    g_lo, g_hi = _part(g, GROUP, MIDDLE, RUN, 1 << LOCAL)
+    u_lo, u_hi = part(u, GROUP, MIDDLE, RUN, 1 << LOCAL)
+    g_lo, g_hi = part(g, GROUP, MIDDLE, RUN, 1 << LOCAL)
     moment = g_lo * u_hi - g_hi * u_lo
     if SHARED_LOW:
         moment = tl.sum(moment, axis=2, keep_dims=True)
@@ -179,17 +112,17 @@ def _gradient_stage(u, g, cos_ptr, sin_ptr, partial_ptr, slots, n, table, sums, 
     moment += tl.load(target, mask=used & earlier, other=0.0)
     # Slots without a pair get their zero here: the workspace is not cleared beforehand.
     tl.store(target, tl.where(used, moment, 0.0), mask=slots < half)
-    u = _unite(cos * u_lo - sin * u_hi, sin * u_lo + cos * u_hi, GROUP, MIDDLE, RUN, 1 << LOCAL)
-    g = _unite(cos * g_lo - sin * g_hi, sin * g_lo + cos * g_hi, GROUP, MIDDLE, RUN, 1 << LOCAL)
+    u = unite(cos * u_lo - sin * u_hi, sin * u_lo + cos * u_hi, GROUP, MIDDLE, RUN, 1 << LOCAL)
+    g = unite(cos * g_lo - sin * g_hi, sin * g_lo + cos * g_hi, GROUP, MIDDLE, RUN, 1 << LOCAL)
     return u, g
 
 
 @triton.jit
 def _gradient_kernel(u_ptr, g_ptr, u_out_ptr, g_out_ptr, cos_ptr, sin_ptr, partial_ptr, n, pre, post, items,
                      pre_items, high_blocks, low_blocks, workers, batches, depth, first_butterfly, butterflies, stages,
-                     STORE_U: tl.constexpr, STORE_G: tl.constexpr, FIRST: tl.constexpr, STAGES: tl.constexpr,
-                     GROUP: tl.constexpr, RUN: tl.constexpr, SHARED_HIGH: tl.constexpr,
-               SHARED_LOW: tl.constexpr):  # fmt: skip
+                     RESIDUAL: tl.constexpr, STORE_U: tl.constexpr, STORE_G: tl.constexpr, FIRST: tl.constexpr,
+                     STAGES: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, SHARED_HIGH: tl.constexpr,
+                     SHARED_LOW: tl.constexpr):  # fmt: skip
     """Partial sums ``(workers, batch, butterflies, STAGES, n // 2)``; worker w takes items w, w + workers, ..."""
     program = tl.program_id(0)
     worker = program % workers
@@ -197,12 +130,12 @@ def _gradient_kernel(u_ptr, g_ptr, u_out_ptr, g_out_ptr, cos_ptr, sin_ptr, parti
     batch = (program // workers // (high_blocks * low_blocks)).to(tl.int64)
     for item in range(worker, items, workers):
         earlier = tl.full((1, 1, 1), 0, tl.int32) + item > worker
-        offsets, mask, slots = _positions(
+        offsets, mask, slots = positions(
             block, item, n, pre, post, pre_items, low_blocks, FIRST, STAGES, GROUP, RUN, SHARED_HIGH, SHARED_LOW
         )
         offsets += batch * pre * n * post
         u = tl.load(u_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        g = residual(u, post, SHARED_LOW) if RESIDUAL else tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         for step in range(butterflies):
             butterfly = butterflies - 1 - step
             table = (batch * depth + first_butterfly + butterfly) * stages * (n // 2)
@@ -347,6 +280,35 @@ def angle_gradient(
         return _angle_gradient(u, grad_u, cos, sin, out_input_gradient, shape, passes, max_tile)
 
 
+def residual_gradient(u: Tensor, cos: Tensor, sin: Tensor, *, max_tile: int = launch.MAX_TILE) -> Tensor:
+    """``angle_gradient`` of the one-sided criterion, ``dL/du`` made on chip by the first of its passes.
+
+    Equals ``butterfly_opt.rotation.angle_gradient`` of ``butterfly_opt.refit.one_sided_residual(u)``.
+
+    Args:
+        u: rotated sketch ``(n, k)``, float32, k <= 8: a tile holds all columns of its rows.
+        cos: cosines of the angles ``(depth, stages, n // 2)``, float32.
+        sin: sines, the shape of ``cos``.
+        max_tile: elements a program may hold, a power of two >= 32; smaller means more passes.
+
+    Returns:
+        ``dL/dangles``, as ``angle_gradient``.
+
+    Raises:
+        TypeError: if a dtype is not as above.
+        ValueError: as ``angle_gradient``, or for more than 8 columns.
+    """
+    shape = launch.check_rotation([("u", u[None])], cos, sin, _TORCH_GRADIENT)
+    if shape[3] > launch.SECTOR:
+        raise ValueError(f"u must have at most {launch.SECTOR} columns, got shape {tuple(u.shape)}")
+    # Of tiles half as large, in which a pass leaves room for all columns.
+    passes = launch.stage_passes(cos.shape[-2], post=max(shape[3], 1), max_tile=max_tile // 2)
+    if not passes or not cos.shape[-3] or not u.numel():
+        return torch.zeros_like(cos)
+    with launch.on_device(u):
+        return _angle_gradient(u, None, cos, sin, None, shape, passes, max_tile)
+
+
 def _rotate(
     inputs: list[Tensor],
     outputs: list[Tensor],
@@ -376,7 +338,7 @@ def _rotate(
 
 def _angle_gradient(
     u: Tensor,
-    grad_u: Tensor,
+    grad_u: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     out: Tensor | None,
@@ -384,7 +346,7 @@ def _angle_gradient(
     passes: list[range],
     max_tile: int,
 ) -> Tensor:
-    """Runs the passes of ``Q`` and sums each one's partial sums."""
+    """Runs the passes of ``Q`` and sums each one's partial sums; without ``grad_u`` the first makes the residual."""
     batch, pre, n, post = shape
     depth, stages = cos.shape[-3:-1]
     gradient = torch.empty_like(cos)
@@ -392,16 +354,18 @@ def _angle_gradient(
     launches = _order(passes, depth, transpose=False)
     several = len(launches) > 1
     u_next = torch.empty_like(u, dtype=torch.float32) if several else u
-    g_next = out if out is not None else torch.empty_like(u, dtype=torch.float32) if several else grad_u
+    g_first = u if grad_u is None else grad_u
+    g_next = out if out is not None else torch.empty_like(u, dtype=torch.float32) if several else g_first
     for index, (butterfly, butterflies, used) in enumerate(launches):
         last = index == len(launches) - 1
         tile = launch.choose_tile(shape, used, reduces=True, max_tile=max_tile)
         workers = launch.choose_workers(tile, batch)
         partial = torch.empty((workers, batch, butterflies, len(used), n // 2), dtype=torch.float32, device=u.device)
         _gradient_kernel[(batch * tile.high_blocks * tile.low_blocks * workers,)](
-            u_next if index else u, g_next if index else grad_u, u_next, g_next, cos, sin, partial, n, pre, post,
+            u_next if index else u, g_next if index else g_first, u_next, g_next, cos, sin, partial, n, pre, post,
             tile.items, tile.items // tile.run_blocks, tile.high_blocks, tile.low_blocks, workers, batch,
-            depth, butterfly, butterflies, stages, STORE_U=not last, STORE_G=not last or out is not None,
+            depth, butterfly, butterflies, stages, RESIDUAL=grad_u is None and not index, STORE_U=not last,
+            STORE_G=not last or out is not None,
             **_tile_options(tile, used, tensors=2),
         )  # fmt: skip
         torch.sum(partial, dim=0, out=view[:, butterfly : butterfly + butterflies, used.start : used.stop])

@@ -5,8 +5,7 @@ The only module that imports ``butterfly_opt.triton_kernels``, and only when a k
 
 import importlib.util
 import os
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,30 +31,16 @@ class Rotation(Protocol):
         ...
 
 
-class StepScalars(NamedTuple):
-    """The numbers of an "ema", "adam" step.
-
-    Attributes:
-        weights: of this gradient in ``gbar``, in ``A``, and of this pair in ``B`` and ``C``.
-        step: steps so far, including this one.
-        lr: learning rate.
-        beta2: decay of the squares.
-        eps: added to ``sqrt(V)``.
-        max_update: bound of the update before ``lr``.
-    """
-
-    weights: tuple[float | Tensor, float | Tensor, float | Tensor]
-    step: float
-    lr: float | Tensor
-    beta2: float
-    eps: float
-    max_update: float
-
-
 class Backend:
     """The torch path."""
 
     name = "torch"
+
+    max_stacked = 1 << 14
+    """Tensors of equal shape up to this size are stacked into one (measured: beyond, the copies cost more)."""
+
+    chunk = 0
+    """Elements whose steps are taken together, one phase after the other: here every batch on its own."""
 
     def rotation(self, angles: Tensor, n: int, *, columns: int) -> Rotation:
         """The rotation of an axis of length ``n`` that ``columns`` columns share.
@@ -66,7 +51,7 @@ class Backend:
             return StageRotation(angles, self)
         if n <= MAX_DENSE_LENGTH:
             return DenseRotation(angles, n)
-        if columns >= MIN_BLOCK_COLUMNS:
+        if columns >= MIN_BLOCK_COLUMNS and angles.dim() == 3:
             return RotationBlocks(angles, n)
         return StageRotation(angles, self)
 
@@ -78,24 +63,13 @@ class Backend:
         """As ``rotation.angle_gradient``."""
         return rotation.angle_gradient(u, grad_u, angles, dim=dim)
 
-    def fused_step_(self, state: Mapping[str, Tensor], grad: Tensor, scalars: StepScalars) -> Tensor | None:
-        """Averages and direction of an "ema", "adam" step in fused passes, or None where there are none.
-
-        Args:
-            state: the averages of the tensor, updated in place (all but the displacement).
-            grad: rotated gradient, overwritten with the innovation ``u``.
-            scalars: of this step.
-
-        Returns:
-            The rotated update, ``-lr`` times the direction.
-        """
-        return None
-
 
 class TritonBackend(Backend):
     """The fused kernels, for float32 state on a GPU (or on the CPU in Triton's interpreter)."""
 
     name = "triton"
+    max_stacked = 1 << 18
+    chunk = 1 << 26
 
     def rotation(self, angles: Tensor, n: int, *, columns: int) -> Rotation:
         """The rotation of an axis of length ``n``."""
@@ -105,59 +79,32 @@ class TritonBackend(Backend):
         """As ``rotation.rotate``."""
         from butterfly_opt.triton_kernels.rotate import rotate_columns
 
-        turned = rotate_columns(_columns(x, dim), angles.cos(), angles.sin(), transpose=transpose)
+        turned = rotate_columns(_columns(x, angles, dim), angles.cos(), angles.sin(), transpose=transpose)
         return turned.view(x.shape)
 
     def angle_gradient(self, u: Tensor, grad_u: Tensor, angles: Tensor, *, dim: int) -> Tensor:
         """As ``rotation.angle_gradient``."""
         from butterfly_opt.triton_kernels.rotate import angle_gradient
 
-        return angle_gradient(_columns(u, dim), _columns(grad_u, dim), angles.cos(), angles.sin())
-
-    def fused_step_(self, state: Mapping[str, Tensor], grad: Tensor, scalars: StepScalars) -> Tensor | None:
-        """As ``Backend.fused_step_``, in two kernels."""
-        from butterfly_opt.triton_kernels import step as kernels
-
-        mean, square, pair = scalars.weights
-        packed = kernels.pack_scalars(
-            mean_weight=mean,
-            grad_weight=square,
-            pair_weight=pair,
-            step=scalars.step,
-            lr=scalars.lr,
-            device=grad.device,
-        )
-        secant = {name: state[name] for name in ("disp_sq", "cross") if name in state}
-        moved = {"displacement": state["displacement"]} if secant else {}
-        partial = kernels.fused_moments_(grad, state["mean_grad"], state["grad_sq"], packed, **secant, **moved)
-        sums = None if partial is None else partial.sum(0)
-        out = torch.empty_like(grad)
-        kernels.fused_direction_(
-            out,
-            state["mean_grad"],
-            state["grad_sq"],
-            packed,
-            eps=scalars.eps,
-            max_update=scalars.max_update,
-            beta2=scalars.beta2,
-            sums=sums,
-            **secant,
-        )
-        return out
+        return angle_gradient(_columns(u, angles, dim), _columns(grad_u, angles, dim), angles.cos(), angles.sin())
 
 
 class DenseRotation:
-    """As a dense matrix, built once for each set of angles: for short axes."""
+    """As a dense matrix (a stack of them), built once for each set of angles: for short axes."""
 
     def __init__(self, angles: Tensor, n: int) -> None:
-        eye = torch.eye(n, dtype=angles.dtype, device=angles.device)
-        self.matrix = RotationBlocks(angles, n).rotate(eye, dim=0)
+        if angles.dim() == 3:
+            self.matrix = RotationBlocks(angles, n).rotate(
+                torch.eye(n, dtype=angles.dtype, device=angles.device), dim=0
+            )
+        else:
+            self.matrix = rotation.dense_rotation(angles, n)
 
     def rotate(self, x: Tensor, *, dim: int, transpose: bool = False) -> Tensor:
         """``Q x``, or ``Q^T x``, along axis ``dim``."""
         matrix = self.matrix.mT if transpose else self.matrix
-        if dim % x.dim() == 0:
-            return (matrix @ x.reshape(x.shape[0], -1)).view(x.shape)
+        if dim % x.dim() == x.dim() - 2:
+            return matrix @ x
         return (x.movedim(dim, -1) @ matrix.mT).movedim(-1, dim)
 
 
@@ -210,7 +157,9 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
     return TRITON
 
 
-def _columns(x: Tensor, dim: int) -> Tensor:
-    """``(pre, n, post)`` view of a contiguous tensor around axis ``dim``, a copy of any other."""
-    axis = dim % x.dim()
-    return x.contiguous().view(x.shape[:axis].numel(), x.shape[axis], x.shape[axis + 1 :].numel())
+def _columns(x: Tensor, angles: Tensor, dim: int) -> Tensor:
+    """``(*batch, pre, n, post)`` view of a contiguous tensor around axis ``dim``, a copy of any other."""
+    axis, batch = dim % x.dim(), angles.dim() - 3
+    return x.contiguous().view(
+        *x.shape[:batch], x.shape[batch:axis].numel(), x.shape[axis], x.shape[axis + 1 :].numel()
+    )

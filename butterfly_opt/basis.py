@@ -21,7 +21,8 @@ class Basis:
 
     Args:
         shape: shape of the tensors.
-        axes: the rotated axes with their angles.
+        axes: the rotated axes with their angles, ``(depth, num_stages, n // 2)``; with a leading dimension
+            of length B, each of B tensors has its own.
         backend: what applies the rotations.
 
     The object reads the angles once: build a new one when they change.
@@ -31,12 +32,18 @@ class Basis:
         self.shape = torch.Size(shape)
         self.backend = backend
         columns = self.shape.numel()
+        # From the end: the tensors may come stacked.
         self.rotations: list[tuple[int, Rotation]] = [
-            (dim, backend.rotation(angles, self.shape[dim], columns=columns // self.shape[dim])) for dim, angles in axes
+            (dim - len(shape), backend.rotation(angles, self.shape[dim], columns=columns // self.shape[dim]))
+            for dim, angles in axes
         ]
 
     def to_rotated(self, x: Tensor) -> Tensor:
-        """``u = Q^T x``; the input itself where no axis is rotated."""
+        """``u = Q^T x`` for ``x`` of shape ``(*shape)`` or stacked ``(B, *shape)``.
+
+        Returns:
+            A tensor of the same shape; the input itself where no axis is rotated.
+        """
         for dim, rotation in self.rotations:
             x = rotation.rotate(x, dim=dim, transpose=True)
         return x

@@ -34,7 +34,7 @@ class Curvature(NamedTuple):
     Attributes:
         slope: ``h * tau``, curvature times root mean squared displacement (gradient units).
         noise: ``nu2``, variance of the gradient noise (squared gradient units).
-        tau: ``sqrt(tau2)``, 0-d (parameter units); 0 where nothing has moved.
+        tau: ``sqrt(tau2)``, 0-d unless batched (parameter units); 0 where nothing has moved.
     """
 
     slope: Tensor
@@ -55,7 +55,13 @@ MIN_STEPS = 5
 
 
 def regress(
-    grad_sq: Tensor, disp_sq: Tensor, cross: Tensor, *, beta2: float, step: float | Tensor = MIN_STEPS + 1
+    grad_sq: Tensor,
+    disp_sq: Tensor,
+    cross: Tensor,
+    *,
+    beta2: float,
+    step: float | Tensor = MIN_STEPS + 1,
+    batched: bool = False,
 ) -> Curvature:
     """Computes ``h``, ``nu2`` and ``tau`` of the module's formulas.
 
@@ -64,16 +70,20 @@ def regress(
         disp_sq: ``B``, the same shape.
         cross: ``C``, the same shape.
         beta2: decay of the three averages; ``1 - beta2`` is the share of one pair in them.
-        step: steps so far; up to MIN_STEPS nothing counts as moved.
+        step: steps so far; up to MIN_STEPS nothing counts as moved. A number, or (``batched``) a tensor that
+            broadcasts.
+        batched: whether the first dimension counts tensors, each with its own ``tau2`` and ``hbar``;
+            ``tau`` then keeps all dimensions.
     """
     tiny = torch.finfo(grad_sq.dtype).tiny
-    tau2 = disp_sq.mean()
+    dims = tuple(range(1, grad_sq.dim())) if batched else tuple(range(grad_sq.dim()))
+    tau2 = disp_sq.mean(dims, keepdim=batched)
     moved = (tau2 > tiny**0.75) & (step > MIN_STEPS)
     tau = torch.where(moved, tau2.sqrt(), 0.0)
     inverse = torch.where(moved, tau2.rsqrt(), 0.0)
     b = disp_sq * inverse.square()
     c = cross * inverse
-    mean_slope = c.abs().sum() / b.sum().clamp_min(tiny)
+    mean_slope = c.abs().sum(dims, keepdim=batched) / b.sum(dims, keepdim=batched).clamp_min(tiny)
     spread = (grad_sq - c.square() / (b + 1e-12)).clamp_min_(0)
     # Relative to mean_slope first: the ratio is of order one where the squares may overflow.
     ratio = spread.sqrt_().mul_(1 / mean_slope.clamp_min(tiny**0.5)).clamp_(max=1e6)

@@ -5,8 +5,10 @@ forth and the update back, and only a refit moves the averages to the new basis.
 dictionary of tensors and numbers, in the form that ``torch.optim.Optimizer.state`` keeps:
 
     step          0-d, steps taken                 skipped      0-d, steps skipped as non-finite
+    restarts      0-d, times the parameters were changed by hand, so that s restarted
     calls         int, gradients seen              version      int, format of this state
     signature     list, what the state was made for
+    fingerprint   0-d, norm of the parameters after the last write; < 0: unknown (secant)
     mean_grad     gbar                             grad_sq      A = E[u^2]
     displacement  s (secant)                       disp_sq, cross   B = E[w^2], C = E[u w] (secant)
     angles{i}     angles of the i-th rotated axis  angle_steps  0-d, angle steps taken
@@ -34,9 +36,12 @@ from butterfly_opt.sketch import random_signs, update_sketch_
 State = dict[str, Any]
 Weight = float | Tensor
 
-STATE_VERSION = 1
-COUNTERS = ("step", "skipped", "angle_steps")
-"""Kept on the CPU, as torch's optimizers keep ``step``: reading them never waits for a GPU."""
+STATE_VERSION = 2
+COUNTERS = ("step", "skipped", "restarts", "angle_steps")
+"""0-d float32, on the device of the parameters: counted without the host."""
+
+UNKNOWN = -1.0
+"""Fingerprint before the first write."""
 
 SKETCH_COLUMNS = 8
 SKETCH_BETA = 0.9
@@ -63,7 +68,7 @@ def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str, cl
         if pairs == "ema":
             names.append("displacement")
     state: State = {"version": STATE_VERSION, "calls": 0}
-    state |= {name: torch.zeros(()) for name in COUNTERS}
+    state |= {name: torch.zeros((), device=owner.device) for name in COUNTERS}
     state |= {name: zeros(*layout.shape) for name in names}
     for axis, (dim, shape) in enumerate(zip(layout.rotated, layout.angles_shapes(depth), strict=True)):
         state[f"angles{axis}"] = zeros(*shape)
@@ -76,7 +81,39 @@ def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str, cl
             state[f"angle_curvature{axis}"] = zeros(*shape)
     if pairs == "same_batch":
         state["energy"] = zeros()
+    if "displacement" in state:
+        state["fingerprint"] = zeros().fill_(UNKNOWN)
     return state
+
+
+def move_state_(state: State, layout: TensorLayout) -> None:
+    """Follows a model that was moved to another device or dtype (bfloat16 and float32 share one state)."""
+    device, dtype = layout.owner.device, layout.dtype
+    if state["mean_grad"].device == device and state["mean_grad"].dtype == dtype:
+        return
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            state[key] = value.to(device, torch.float32 if key in COUNTERS else dtype)
+
+
+def migrate_state(state: State) -> State:
+    """A state written by an earlier version, in the present format.
+
+    Raises:
+        ValueError: if the format is not known.
+    """
+    version = state.get("version", STATE_VERSION)
+    if version not in (1, STATE_VERSION):
+        raise ValueError(f"this state has format version {version}, this Butterfly reads up to {STATE_VERSION}")
+    if version == STATE_VERSION:
+        return state
+    added: State = {"version": STATE_VERSION, "restarts": torch.zeros(())}
+    if "displacement" in state:
+        added["fingerprint"] = state["displacement"].new_full((), UNKNOWN)
+    # The averages of a scalar parameter were 0-d.
+    averages = ("mean_grad", "grad_sq", "disp_sq", "cross", "displacement")
+    added |= {name: state[name].reshape(1) for name in averages if name in state and state[name].dim() == 0}
+    return state | added
 
 
 def rotated_axes(layout: TensorLayout, state: State) -> list[tuple[int, Tensor]]:
@@ -114,27 +151,49 @@ def update_moments_(state: State, u: Tensor, w: Tensor | None, *, weight: Weight
         weight: weight of this value in ``A``.
         pair_weight: its weight in ``B`` and ``C``.
     """
-    _average_product_(state["grad_sq"], u, u, weight)
+    average_product_(state["grad_sq"], u, u, weight)
     if w is not None:
-        _average_product_(state["disp_sq"], w, w, pair_weight)
-        _average_product_(state["cross"], u, w, pair_weight)
+        average_product_(state["disp_sq"], w, w, pair_weight)
+        average_product_(state["cross"], u, w, pair_weight)
 
 
-def update_sketches_(state: State, layout: TensorLayout, u: Tensor, *, seed: int, stream: int, weight: Weight) -> None:
-    """Takes ``u`` into the running sketch of each rotated axis, in the rotated basis.
+def update_axis_sketch_(
+    sketch: Tensor,
+    u: Tensor,
+    grad_sq: Tensor,
+    *,
+    dim: int,
+    seed: int,
+    stream: int,
+    step: int | Tensor,
+    weight: Weight,
+) -> None:
+    """Takes stacked ``u`` into the running sketches of one rotated axis, in the rotated basis, in place.
 
     The columns are weighted by ``mean(A)^(-1/4)`` along the axis, so that no few columns of large
-    gradients decide the basis of all (each enters ``Y Y^T`` by the root of its energy).
+    gradients decide the basis of all (each enters ``Y Y^T`` by the root of its energy); by the nearest
+    power of two, which keeps the product exact on every device.
+
+    Args:
+        sketch: ``(B, n, SKETCH_COLUMNS)``.
+        u: rotated innovations ``(B, *shape)``.
+        grad_sq: ``A``, the same shape.
+        dim: the axis, counted with the stack, >= 1.
+        seed: as for ``random_signs``, like ``stream`` and ``step``.
+        stream: see there.
+        step: see there.
+        weight: weight of ``u``.
     """
-    tiny = torch.finfo(u.dtype).tiny
-    for axis, dim in enumerate(layout.rotated):
-        sketch = state[f"sketch{axis}"]
-        matrix, energy = (x.movedim(dim, 0).reshape(x.shape[dim], -1) for x in (u, state["grad_sq"]))
-        signs = random_signs(
-            matrix.shape[1], SKETCH_COLUMNS, seed=seed, stream=2 * stream + axis, step=state["calls"], device=u.device
-        )
-        scale = energy.mean(0).clamp_min_(tiny).pow_(-0.25)
-        update_sketch_(sketch, matrix * scale, signs, weight=weight)
+    count, n, _ = sketch.shape
+    matrix = u.movedim(dim, 1).reshape(count, n, -1)
+    energy = grad_sq.mean(dim).reshape(count, -1, 1)
+    signs = random_signs(
+        count * matrix.shape[2], SKETCH_COLUMNS, seed=seed, stream=stream, step=step, device=u.device
+    ).view(count, -1, SKETCH_COLUMNS)
+    magnitude = energy.clamp_min_(torch.finfo(u.dtype).tiny).log2_()
+    # Relative to their mean: the rounding must not depend on the scale of the loss.
+    scale = (magnitude - magnitude.mean(1, keepdim=True)).mul_(-0.25).round_().exp2_()
+    update_sketch_(sketch, matrix, signs * scale, weight=weight)
 
 
 def pair_weights(step: Weight, betas: tuple[float, float]) -> tuple[Weight, Weight, Weight]:
@@ -143,8 +202,8 @@ def pair_weights(step: Weight, betas: tuple[float, float]) -> tuple[Weight, Weig
     return average_weight(betas[0], step), average_weight(betas[1], step), average_weight(betas[1], later)
 
 
-def _average_product_(average: Tensor, x: Tensor, y: Tensor, weight: Weight) -> None:
-    """``average <- (1 - weight) average + weight x y``."""
+def average_product_(average: Tensor, x: Tensor, y: Tensor, weight: Weight) -> None:
+    """``average <- (1 - weight) average + weight x y``, in place."""
     if isinstance(weight, Tensor):
         average.mul_(1 - weight).addcmul_(x, y * weight)
     else:

@@ -65,7 +65,7 @@ class TensorLayout:
 def axes_layout(param: Tensor) -> TensorLayout:
     """The layout of one parameter in structure ``axes``."""
     if param.dim() < 2 or param.numel() == 0:
-        return TensorLayout((param,), tuple(param.shape), ())
+        return TensorLayout((param,), tuple(param.shape) or (1,), ())
     shape = (param.shape[0], param.numel() // param.shape[0])
     return TensorLayout((param,), shape, tuple(dim for dim in (0, 1) if shape[dim] > 1))
 

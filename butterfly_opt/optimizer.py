@@ -2,36 +2,33 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from butterfly_opt.backend import choose_backend
+from butterfly_opt.backend import Backend, choose_backend
 from butterfly_opt.basis import Basis
+from butterfly_opt.batch import Batch, make_batches, move_averages_, take_steps
+from butterfly_opt.diagnostics import describe
 from butterfly_opt.estimate import (
-    COUNTERS,
-    STATE_VERSION,
     State,
     angle_states,
+    migrate_state,
+    move_state_,
     new_state,
     refit_clean_,
     rotated_axes,
     update_moments_,
 )
+from butterfly_opt.guard import keep_usable, remember_fingerprints_, restart_displacements_
 from butterfly_opt.layout import STRUCTURES, TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
 from butterfly_opt.options import DIAGONALS, PAIRS, Options, check_parameter, has_clean_pairs, validate
-from butterfly_opt.refit import AngleState, refit_pack_
-from butterfly_opt.update import Stepped, TensorStep, known_displacement
-
-MAX_GRAD = 1.8e19
-"""Gradients from here on count as non-finite: their squares overflow float32."""
-
-REFIT_WARMUP = 100
-"""First steps of a tensor, in each of which its basis is refitted: most of the fit happens there."""
+from butterfly_opt.refit import refit_pack_
+from butterfly_opt.update import CleanStep, TensorStep, known_displacement, take_clean_step
 
 
 class Butterfly(Optimizer):
@@ -69,10 +66,11 @@ class Butterfly(Optimizer):
         block_size: for "flat": a power of two, the length of independent blocks; None for one block.
         decoupled_weight_decay: AdamW's decay.
         maximize: ascend.
-        capturable: not implemented yet.
-        on_nonfinite: "skip" leaves out the step of a tensor whose gradient is not finite, and counts it;
-            "raise" raises.
-        stochastic_rounding: not implemented yet.
+        capturable: make ``step`` safe to capture in a CUDA graph: nothing is read on the host, and every step
+            refits the basis (replays are all alike), at the cost of about two more rotations a step.
+        on_nonfinite: "skip" leaves out the step of a tensor (in "flat", of its group) whose gradient is not
+            finite, and counts it (see ``diagnostics``); "raise" raises, and on a GPU waits for it.
+        stochastic_rounding: round bfloat16 parameters up or down at random, without bias.
         seed: seed of the random sketches.
         backend: "auto", "torch" or "triton".
 
@@ -136,12 +134,14 @@ class Butterfly(Optimizer):
             "backend": backend,
         }
         validate(cast(dict[str, Any], defaults))
-        self._bases: dict[Tensor, Basis] = {}
+        self._bases: dict[Tensor, tuple[list[tuple[Tensor, int]], Basis]] = {}
+        self._known_skips = 0
         super().__init__(params, cast(dict[str, Any], defaults))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._bases = {}
+        self._known_skips = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its hyper-parameters and parameters; see ``Optimizer``."""
@@ -163,11 +163,7 @@ class Butterfly(Optimizer):
         Raises:
             ValueError: if the state was written in a format this version does not know.
         """
-        for saved in state_dict["state"].values():
-            if saved.get("version", STATE_VERSION) != STATE_VERSION:
-                raise ValueError(
-                    f"this state has format version {saved['version']}, this Butterfly reads {STATE_VERSION}"
-                )
+        state_dict = {**state_dict, "state": {key: migrate_state(saved) for key, saved in state_dict["state"].items()}}
         final: list[dict[str, Any]] = []
         handle = self.register_load_state_dict_pre_hook(lambda _, incoming: final.append(incoming))
         try:
@@ -183,9 +179,9 @@ class Butterfly(Optimizer):
         for saved_id, param in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    device = torch.device("cpu") if key in COUNTERS else param.device
-                    self.state[param][key] = value.detach().clone().to(device)
+                    self.state[param][key] = value.detach().clone().to(param.device)
 
+    @torch._disable_dynamo  # Traced, a step would be compiled again with every change of its schedule.
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
@@ -207,29 +203,71 @@ class Butterfly(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        waiting: list[tuple[TensorStep, Stepped]] = []
         prepared: list[list[TensorStep]] = []
         streams = 0
         for group in self.param_groups:  # no comprehension: its frame would shift the stacklevel of the warning
             prepared.append(list(self._prepare_group(group, first_stream=streams)))
             streams += len(group["params"])
-        usable = self._finite([tensor for tensors in prepared for tensor in tensors])
+        everything = [tensor for tensors in prepared for tensor in tensors]
+        usable = keep_usable(everything)
+        if len(usable) < len(everything) and not self._known_skips:
+            self._warn_of_skips(len(everything) - len(usable))
+        waiting: list[tuple[TensorStep, CleanStep]] = []
         for group, tensors in zip(self.param_groups, prepared, strict=True):
-            taken = [
-                (tensor, tensor.take(_gradients(tensor.layout))) for tensor in tensors if tensor.layout.owner in usable
-            ]
-            if group["pairs"] == "same_batch":
-                waiting += taken
-            elif has_clean_pairs(cast(Options, group)):
-                for tensor, stepped in taken:
-                    self._refit_clean(tensor, stepped.pair)
+            restart_displacements_(tensors)
+            taken = [tensor for tensor in usable if tensor.options is group]
+            if has_clean_pairs(cast(Options, group)):
+                waiting += [(tensor, take_clean_step(tensor, self._basis([tensor]))) for tensor in taken]
             else:
-                self._refit_sketches([tensor for tensor, _ in taken if _refit_is_due(tensor)], group)
-        if waiting and closure is not None:
+                self._take_steps(taken)
+            remember_fingerprints_(tensors)
+        for tensor, taken_step in waiting:
+            if taken_step.pair is not None:
+                self._refit_clean(tensor, taken_step.pair)
+        if closure is not None and any(step.pair is None for _, step in waiting):
             with torch.enable_grad():
                 closure()
-            self._learn_same_batch(waiting)
+            self._learn_same_batch([(tensor, step) for tensor, step in waiting if step.pair is None])
         return loss
+
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """Plain numbers on the state of each group and tensor, to be logged; computed now, and it waits for the GPU.
+
+        Returns:
+            For each group a dictionary of ``steps`` (the most of its tensors), ``nonfinite_steps``, ``restarts``,
+            ``state_bytes`` (sums) and ``tensors``, a list of dictionaries: ``name`` (None without names),
+            ``shape`` (as rotated), ``steps`` (pairs used), ``nonfinite_steps`` (skipped), ``restarts`` (times the
+            parameters were found changed by hand), ``state_bytes``, ``noise_quantiles`` (10, 50 and 90 %;
+            standard deviation of the gradient in rotated coordinates), and where known
+            ``curvature_quantiles`` (loss units by parameter units squared; see ``inverse_hessian``),
+            ``angle_change`` (mean change of the angles of each rotated axis in a refit, radians) and
+            ``off_diagonal`` (share of the energy of the second moment along each axis off its diagonal).
+
+        Warns:
+            UserWarning: if steps were skipped since the last look because a gradient was not finite.
+        """
+        groups: list[dict[str, Any]] = []
+        for group in self.param_groups:
+            names = group.get("param_names", [None] * len(group["params"]))
+            by_owner = dict(zip(group["params"], names, strict=True))
+            states = [(layout, self.state.get(layout.owner, {})) for layout in _layouts(group)]
+            tensors = [
+                {"name": by_owner[layout.owner], **describe(TensorStep(layout, state, cast(Options, group), 0))}
+                for layout, state in states
+                if "signature" in state
+            ]
+            sums = {key: sum(t[key] for t in tensors) for key in ("nonfinite_steps", "restarts", "state_bytes")}
+            groups.append({"steps": max((t["steps"] for t in tensors), default=0), **sums, "tensors": tensors})
+        self._warn_of_skips(sum(group["nonfinite_steps"] for group in groups))
+        return groups
+
+    def _warn_of_skips(self, skips: int) -> None:
+        if skips > self._known_skips:
+            warnings.warn(
+                f"{skips - self._known_skips} steps of tensors were skipped since a gradient was not finite",
+                stacklevel=3,
+            )
+        self._known_skips = skips
 
     def preconditioner(self, target: Tensor | dict[str, Any] | None = None) -> RotatedDiagonal | DirectSum:
         """What the next step multiplies by, ``Q diag(1 / (sqrt(V) + eps)) Q^T`` ("newton": ``Q diag(D) Q^T``).
@@ -287,8 +325,8 @@ class Butterfly(Optimizer):
                 wanted = not isinstance(target, Tensor) or any(target is param for param in layout.params)
                 state = self.state.get(layout.owner, {})
                 if wanted and "signature" in state:
-                    tensor = TensorStep(layout, state, cast(Options, group), self._basis(group, layout, state), 0)
-                    parts.append((layout.params, RotatedDiagonal(tensor.basis, diagonal(tensor))))
+                    tensor = TensorStep(layout, state, cast(Options, group), 0)
+                    parts.append((layout.params, RotatedDiagonal(self._basis([tensor]), diagonal(tensor))))
         if not isinstance(target, Tensor):
             return DirectSum(parts)
         if not parts:
@@ -325,88 +363,84 @@ class Butterfly(Optimizer):
                 clean=has_clean_pairs(cast(Options, group)),
             )
             state.update(fresh, signature=signature)
-            self._bases.pop(layout.owner, None)
+        move_state_(state, layout)
         state["calls"] += 1
-        return TensorStep(layout, state, cast(Options, group), self._basis(group, layout, state), stream)
+        return TensorStep(layout, state, cast(Options, group), stream)
 
-    def _basis(self, group: dict[str, Any], layout: TensorLayout, state: State) -> Basis:
-        if layout.owner not in self._bases:
-            axes = rotated_axes(layout, state)
-            backend = choose_backend(group["backend"], layout.owner.device, layout.dtype)
-            self._bases[layout.owner] = Basis(layout.shape, axes, backend)
-        return self._bases[layout.owner]
+    def _basis(self, tensors: Sequence[TensorStep]) -> Basis:
+        """The common basis of tensors of one shape, built again whenever one of their angles has changed.
 
-    def _finite(self, tensors: list[TensorStep]) -> set[Tensor]:
-        """Owners of the tensors whose gradients, and their squares, are all finite; counts the others.
-
-        Cost: one pass over the gradients and, on a GPU, one synchronisation for all of them.
+        With ``capturable`` it is built anew each time: a captured graph must read the present angles.
         """
-        owners, norms = [], []
-        for tensor in tensors:
-            for param in tensor.layout.params:
-                if param.grad is not None and param.grad.numel():
-                    owners.append((tensor, param))
-                    norms.append(torch.linalg.vector_norm(param.grad, float("inf")).float())
-        by_device: dict[torch.device, list[int]] = defaultdict(list)
-        for index, norm in enumerate(norms):
-            by_device[norm.device].append(index)
-        largest = [0.0] * len(norms)
-        for indices in by_device.values():
-            values = torch.stack([norms[index] for index in indices]).tolist()
-            for index, value in zip(indices, values, strict=True):
-                largest[index] = value
-        bad: dict[Tensor, TensorStep] = {}
-        for (tensor, param), value in zip(owners, largest, strict=True):
-            if not value < MAX_GRAD:
-                if tensor.options["on_nonfinite"] == "raise":
-                    raise FloatingPointError(
-                        f"non-finite gradient (largest entry {value}) of a parameter of shape {tuple(param.shape)}; "
-                        "on_nonfinite='skip' leaves such steps out"
-                    )
-                bad[tensor.layout.owner] = tensor
-        for tensor in bad.values():
-            tensor.state["skipped"] += 1
-        return {tensor.layout.owner for tensor in tensors} - set(bad)
+        first = tensors[0]
+        axes = [rotated_axes(tensor.layout, tensor.state) for tensor in tensors]
+        made_of = [(angle, angle._version) for tensor_axes in axes for _, angle in tensor_axes]
+        known, basis = self._bases.get(first.layout.owner, ([], None))
+        if basis is not None and [(id(a), v) for a, v in known] == [(id(a), v) for a, v in made_of]:
+            return basis
+        stacked = axes[0]
+        if len(tensors) > 1:
+            stacked = [(same[0][0], torch.stack([angle for _, angle in same])) for same in zip(*axes, strict=True)]
+        basis = Basis(first.layout.shape, stacked, self._backend(first))
+        if not first.options["capturable"]:
+            self._bases[first.layout.owner] = made_of, basis
+        return basis
 
-    def _rebase(self, tensor: TensorStep) -> None:
-        """Moves the averages from the basis of ``tensor`` to that of the current angles."""
-        layout, state = tensor.layout, tensor.state
-        del self._bases[layout.owner]
-        basis = self._basis(cast(dict[str, Any], tensor.options), layout, state)
-        for name in ("mean_grad", "displacement"):
-            if name in state:
-                state[name].copy_(basis.to_rotated(tensor.basis.from_rotated(state[name])))
+    @staticmethod
+    def _backend(tensor: TensorStep) -> Backend:
+        return choose_backend(tensor.options["backend"], tensor.layout.owner.device, tensor.layout.dtype)
 
-    def _refit_sketches(self, tensors: list[TensorStep], group: dict[str, Any]) -> None:
-        """Refits all axes of all due tensors of a group, packed into one butterfly a device and dtype."""
-        packs: dict[Any, list[tuple[Tensor, AngleState, float]]] = defaultdict(list)
-        tensors = [tensor for tensor in tensors if tensor.layout.rotated]
+    def _take_steps(self, tensors: Sequence[TensorStep]) -> None:
+        """The steps of the tensors of a group, and the refits of those that are due."""
+        by_device: dict[torch.device, list[TensorStep]] = defaultdict(list)
         for tensor in tensors:
-            for axis, angles in enumerate(angle_states(tensor.layout, tensor.state)):
-                sketch = tensor.state[f"sketch{axis}"]
-                key = (sketch.device, sketch.dtype, sketch.shape[1], tensor.layout.stages)
-                packs[key].append((sketch, angles, tensor.state["angle_steps"].item()))
+            by_device[tensor.layout.owner.device].append(tensor)
+        for there in by_device.values():
+            backend = self._backend(there[0])
+            batches = make_batches(there, self._basis, backend)
+            take_steps(batches, backend)
+            self._refit([batch for batch in batches if batch.tensors[0].refit_is_due], backend)
+
+    def _refit(self, batches: Sequence[Batch], backend: Backend) -> None:
+        """Refits all axes of the batches, packed into one butterfly for each dtype, and moves the averages."""
+        packs: dict[Any, list[tuple[TensorStep, int]]] = defaultdict(list)
+        for batch in batches:
+            for tensor in batch.tensors:
+                for axis in range(len(tensor.layout.rotated)):
+                    packs[tensor.layout.dtype, tensor.layout.stages].append((tensor, axis))
         for axes in packs.values():
-            backend = choose_backend(group["backend"], axes[0][0].device, axes[0][0].dtype)
-            refit_pack_(axes, steps=group["refit_steps"], refit_lr=group["refit_lr"], backend=backend)
-        for tensor in tensors:
-            tensor.state["angle_steps"] += group["refit_steps"]
-            self._rebase(tensor)
+            options = axes[0][0].options
+            refit_pack_(
+                [
+                    (t.state[f"sketch{axis}"], angle_states(t.layout, t.state)[axis], t.state["angle_steps"])
+                    for t, axis in axes
+                ],
+                steps=options["refit_steps"],
+                refit_lr=options["refit_lr"],
+                usable=[t.usable for t, _ in axes if t.usable is not None] or None,
+                backend=backend,
+            )
+        for batch in batches:
+            for tensor in batch.tensors:
+                steps = tensor.options["refit_steps"]
+                tensor.state["angle_steps"] += steps if tensor.usable is None else steps * tensor.usable
+            move_averages_(batch.tensors, batch.basis, self._basis(batch.tensors))
 
-    def _learn_same_batch(self, waiting: list[tuple[TensorStep, Stepped]]) -> None:
+    def _learn_same_batch(self, waiting: Sequence[tuple[TensorStep, CleanStep]]) -> None:
         """Takes the clean pairs into the estimates; the gradients are those after the step, on the same batch."""
-        usable = self._finite([tensor for tensor, _ in waiting])
-        for tensor, stepped in waiting:
-            if tensor.layout.owner in usable:
-                u = tensor.rotated(tensor.gradient(_gradients(tensor.layout))).sub_(stepped.grad)
-                update_moments_(tensor.state, u, stepped.written, weight=stepped.weight, pair_weight=stepped.weight)
-                self._refit_clean(tensor, (u, stepped.written))
+        usable = {id(tensor.state) for tensor in keep_usable([tensor for tensor, _ in waiting])}
+        for tensor, step in waiting:
+            if id(tensor.state) in usable:
+                u = tensor.rotated_gradient(self._basis([tensor])).sub_(step.grad)
+                update_moments_(tensor.state, u, step.written, weight=step.weight, pair_weight=step.weight)
+                self._refit_clean(tensor, (u, step.written))
 
-    def _refit_clean(self, tensor: TensorStep, pair: tuple[Tensor, Tensor] | None) -> None:
-        """Refits the basis of one tensor to a clean pair, if it is due and the tensor is rotated."""
-        if pair is not None and tensor.layout.rotated and _refit_is_due(tensor):
-            refit_clean_(tensor.layout, tensor.state, tensor.basis, *pair)
-            self._rebase(tensor)
+    def _refit_clean(self, tensor: TensorStep, pair: tuple[Tensor, Tensor]) -> None:
+        """Refits the basis of one tensor to a clean pair, if it is due."""
+        if tensor.refit_is_due:
+            basis = self._basis([tensor])
+            refit_clean_(tensor.layout, tensor.state, basis, *pair)
+            move_averages_([tensor], basis, self._basis([tensor]))
 
 
 def _layouts(group: dict[str, Any]) -> list[TensorLayout]:
@@ -414,15 +448,6 @@ def _layouts(group: dict[str, Any]) -> list[TensorLayout]:
     if group["structure"] == "flat":
         return [flat_layout(group["params"], group["block_size"])] if group["params"] else []
     return [axes_layout(param) for param in group["params"]]
-
-
-def _gradients(layout: TensorLayout) -> list[Tensor | None]:
-    return [param.grad for param in layout.params]
-
-
-def _refit_is_due(tensor: TensorStep) -> bool:
-    calls, options = tensor.state["calls"], tensor.options
-    return options["refit_steps"] > 0 and (calls <= REFIT_WARMUP or calls % options["refit_every"] == 0)
 
 
 def _signature(group: dict[str, Any], layout: TensorLayout) -> list[Any]:

@@ -49,7 +49,6 @@ def validate(group: dict[str, Any]) -> None:
 
     Raises:
         ValueError: naming the first hyper-parameter out of its bounds, its value and the bound.
-        NotImplementedError: for what this version does not do yet.
     """
     _validate_lr(group["lr"])
     betas = group["betas"]
@@ -96,11 +95,12 @@ def _validate_together(group: dict[str, Any]) -> None:
                     f"{name}={value!r} needs diagonal='secant': diagonal='innovation' keeps no displacements "
                     "and has no inverse-Hessian units"
                 )
-    if group["capturable"] and group["on_nonfinite"] == "raise":
-        raise ValueError("on_nonfinite='raise' reads the gradient on the host and cannot be capturable=True")
-    for name in ("capturable", "stochastic_rounding"):
-        if group[name]:
-            raise NotImplementedError(f"{name}=True is not implemented yet; leave it False")
+    if group["capturable"]:
+        if group["on_nonfinite"] == "raise":
+            raise ValueError("on_nonfinite='raise' reads the gradient on the host and cannot be capturable=True")
+        for name, value in (("scaling", "newton"), ("pairs", "same_batch")):
+            if group[name] == value:
+                raise ValueError(f"{name}={value!r} decides on the host and cannot be capturable=True")
 
 
 def _validate_lr(lr: object) -> None:

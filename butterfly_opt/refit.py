@@ -78,9 +78,15 @@ def step_angles_(state: AngleState, gradient: Tensor, *, refit_lr: float, taken:
     beta1, beta2 = ANGLE_BETAS
     state.mean.lerp_(gradient, 1 - beta1)
     state.square.lerp_(gradient.square(), 1 - beta2)
-    scale = (state.square / (1 - beta2 ** (taken + 1))).sqrt_().add_(ANGLE_EPS)
-    rate = settling_rate(refit_lr, taken) / (1 - beta1 ** (taken + 1))
-    state.angles.sub_(state.mean / scale * rate)
+    state.angles.sub_(last_angle_step(state, refit_lr, taken + 1))
+
+
+def last_angle_step(state: AngleState, refit_lr: float, taken: Tensor) -> Tensor:
+    """What the ``taken``-th angle step subtracted, in radians; ``taken >= 1``."""
+    beta1, beta2 = ANGLE_BETAS
+    scale = (state.square / (1 - beta2**taken)).sqrt_().add_(ANGLE_EPS)
+    rate = settling_rate(refit_lr, taken - 1) / (1 - beta1**taken)
+    return state.mean / scale * rate
 
 
 def refit_sketch_(
@@ -236,21 +242,31 @@ def unpack_angles_(packing: Packing, packed: Tensor, parts: Sequence[Tensor]) ->
 
 
 def refit_pack_(
-    axes: Sequence[tuple[Tensor, AngleState, float]], *, steps: int, refit_lr: float, backend: Backend = TORCH
+    axes: Sequence[tuple[Tensor, AngleState, Tensor]],
+    *,
+    steps: int,
+    refit_lr: float,
+    usable: Sequence[Tensor] | None = None,
+    backend: Backend = TORCH,
 ) -> None:
     """Refits axes of any lengths together, in place: their angles, averages and sketches.
 
     Args:
         axes: for each its sketch in rotated coordinates, its angles and averages, and the number of angle
-            steps taken before.
+            steps taken before, 0-d.
         steps: angle steps.
         refit_lr: length of the first angle step in radians.
+        usable: for each axis a 0-d bool: whether to refit it, decided without the host; all if None.
         backend: what carries out the rotations.
     """
     sketches, states, taken = zip(*axes, strict=True)
     packing = pack_axes([sketch.shape[0] for sketch in sketches])
-    packed = AngleState(*(pack_angles(packing, parts) for parts in zip(*states, strict=True)))
-    counts = [torch.full_like(state.angles, count) for count, state in zip(taken, states, strict=True)]
+    before = AngleState(*(pack_angles(packing, parts) for parts in zip(*states, strict=True)))
+    packed = AngleState(*(part.clone() for part in before)) if usable is not None else before
+
+    def spread(values: Sequence[Tensor]) -> Tensor:
+        return pack_angles(packing, [value.expand_as(s.angles) for value, s in zip(values, states, strict=True)])
+
     scales = [sketch.square().mean().sqrt().clamp_min(torch.finfo(sketch.dtype).tiny) for sketch in sketches]
     unit = pack_rows(packing, [sketch / scale for sketch, scale in zip(sketches, scales, strict=True)])
     refitted = refit_sketch_(
@@ -258,12 +274,14 @@ def refit_pack_(
         packed,
         steps=steps,
         refit_lr=refit_lr,
-        taken=pack_angles(packing, counts),
-        owned=pack_angles(packing, [torch.ones_like(state.angles) for state in states]),
+        taken=spread(taken),
+        owned=spread([torch.ones_like(count) for count in taken]),
         backend=backend,
     )
-    for parts, whole in zip(zip(*states, strict=True), packed, strict=True):
-        unpack_angles_(packing, whole, parts)
-    unpack_rows_(packing, refitted, sketches)
-    for sketch, scale in zip(sketches, scales, strict=True):
-        sketch.mul_(scale)
+    refitted_rows = [sketch.new_empty(sketch.shape) for sketch in sketches]
+    unpack_rows_(packing, refitted, refitted_rows)
+    changed = None if usable is None else spread(usable)
+    for parts, old, new in zip(zip(*states, strict=True), before, packed, strict=True):
+        unpack_angles_(packing, new if changed is None else torch.where(changed, new, old), parts)
+    for i, (sketch, rows, scale) in enumerate(zip(sketches, refitted_rows, scales, strict=True)):
+        sketch.copy_(rows * scale if usable is None else torch.where(usable[i], rows * scale, sketch))

@@ -26,6 +26,22 @@ _MASK = 0xFFFFFFFF
 Bits = TypeVar("Bits", int, Tensor)
 
 
+def random_bits(count: int, *, seed: int, stream: int, step: int | Tensor, device: torch.device) -> Tensor:
+    """``count`` independent 32-bit words in an int64 vector, a pure function of the arguments.
+
+    Args:
+        count: number of words.
+        seed: the user's seed.
+        stream: distinguishes tensors and axes.
+        step: distinguishes steps; a number, or a 0-d integer tensor on ``device``.
+        device: where the words are made.
+    """
+    key = _mix(_mix(seed & _MASK) ^ (stream & _MASK))
+    index = torch.arange(count, device=device, dtype=torch.int64) & _MASK
+    # Two rounds with the step between them: neighbouring steps share no pattern.
+    return _mix(_mix(index ^ key) ^ (step * 0x9E3779B1 & _MASK))
+
+
 def random_signs(
     rows: int, columns: int, *, seed: int, stream: int, step: int | Tensor, device: torch.device
 ) -> Tensor:
@@ -33,21 +49,18 @@ def random_signs(
 
     Args:
         rows: rows.
-        columns: columns, at most MAX_COLUMNS: each row takes its signs from the bits of one hash.
-        seed: the user's seed.
-        stream: distinguishes tensors and axes.
-        step: distinguishes steps; a number, or a 0-d integer tensor on ``device``.
-        device: where the matrix is made.
+        columns: columns, at most MAX_COLUMNS: each row takes its signs from the bits of one word.
+        seed: as for ``random_bits``, like the others.
+        stream: see there.
+        step: see there.
+        device: where the signs are made.
 
     Raises:
         ValueError: if ``columns`` exceeds MAX_COLUMNS.
     """
     if columns > MAX_COLUMNS:
         raise ValueError(f"a sketch has at most {MAX_COLUMNS} columns, got columns = {columns}")
-    key = _mix(_mix(seed & _MASK) ^ (stream & _MASK))
-    row = torch.arange(rows, device=device, dtype=torch.int64)
-    # Two rounds with the step between them: neighbouring steps share no pattern.
-    bits = _mix(_mix(row ^ key) ^ (step * 0x9E3779B1 & _MASK))
+    bits = random_bits(rows, seed=seed, stream=stream, step=step, device=device)
     shifts = torch.arange(columns, device=device, dtype=torch.int64)
     return ((bits[:, None] >> shifts & 1) * 2 - 1).to(torch.float32)
 
@@ -56,21 +69,21 @@ def update_sketch_(sketch: Tensor, matrix: Tensor, signs: Tensor, *, weight: flo
     """One step of the running sketch, in place.
 
     Args:
-        sketch: ``Z``, ``(n, k)``.
-        matrix: ``Y``, ``(n, columns)``.
-        signs: ``R``, ``(columns, k)``.
-        weight: ``b`` of this step.
+        sketch: ``Z``, ``(*batch, n, k)``.
+        matrix: ``Y``, ``(*batch, n, columns)``.
+        signs: ``R``, ``(*batch, columns, k)``: signs, or signs times powers of two, which weight the columns.
+        weight: ``b`` of this step; a number, or a tensor that broadcasts against the sketch.
 
     Cost: ``2 n columns k`` flops.
     """
-    keep, share = (1 - weight) ** 0.5, (weight / sketch.shape[1]) ** 0.5
+    keep, share = (1 - weight) ** 0.5, (weight / sketch.shape[-1]) ** 0.5
     sketch.mul_(keep).add_(_sign_product(matrix, signs.to(matrix.dtype)).mul_(share))
 
 
 def _sign_product(matrix: Tensor, signs: Tensor) -> Tensor:
     """``matrix @ signs`` to nearly float32 precision whatever torch's global setting (TF32) on a GPU.
 
-    Signs and the leading bits of an entry are exact in every format, so two products suffice.
+    Signed powers of two and the leading bits of an entry are exact in every format, so two products suffice.
     """
     if not (matrix.is_cuda and matrix.dtype == torch.float32):
         return matrix @ signs

@@ -1,24 +1,21 @@
-"""One step of one tensor, from its gradients to the parameters: no optimizer, no schedule.
+"""One tensor of the optimizer: what it reads and says; and its step where pairs are clean.
 
-With ``u, w`` the rotated pair, ``V`` the diagonal estimate (``diagonal``) and ``kappa = max_update``:
+The default step, of many tensors together, is in ``batch``. With ``u, w`` the rotated pair and ``V`` the
+diagonal estimate (``diagonal``) the steps of clean pairs are
 
     scaling "adam"     theta -= lr Q clip( Q^T gbar / (sqrt(V) + eps), +-kappa )     dimensionless
     scaling "newton"   theta -= lr Q clip( D Q^T g, +-kappa ),  D = tau / sqrt(V)    parameter units
-
-The clip matters: ``V`` holds the energy of innovations only, and on a constant gradient they vanish.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from butterfly_opt.backend import StepScalars
 from butterfly_opt.basis import Basis
 from butterfly_opt.diagonal import MIN_STEPS, regress
-from butterfly_opt.estimate import SKETCH_BETA, State, Weight, pair_weights, update_moments_, update_sketches_
+from butterfly_opt.estimate import State, pair_weights, update_moments_
 from butterfly_opt.layout import TensorLayout
 from butterfly_opt.options import Options, has_clean_pairs
 from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
@@ -26,54 +23,97 @@ from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
 MAX_ROTATED_GRAD = 1e18
 """Rotated gradients are cut here: their squares, summed over a tensor, stay finite in float32."""
 
+REFIT_WARMUP = 100
+"""First steps of a tensor, in each of which its basis is refitted: most of the fit happens there."""
+
 CURVATURE_SHARE = 0.2
 
 INITIAL_STEP = 1e-3
 """Root mean square displacement assumed by ``newton`` before any is known (parameter units)."""
 
 
-class Stepped(NamedTuple):
-    """What a step leaves for the estimate.
-
-    Attributes:
-        grad: rotated gradient.
-        written: rotated change of the parameters.
-        weight: weight of the step in the moments.
-        pair: the clean pair ``(u, w)`` of this step, if it has one.
-    """
-
-    grad: Tensor
-    written: Tensor
-    weight: Weight
-    pair: tuple[Tensor, Tensor] | None
-
-
 @dataclass(frozen=True)
 class TensorStep:
-    """One tensor with everything a step needs to read or write; ``stream`` is its random stream."""
+    """One tensor with everything a step needs.
+
+    Attributes:
+        layout: its parameters.
+        state: its state.
+        options: options of its group.
+        stream: its random stream.
+        usable: whether its gradient is finite, 0-d on the device; None where the host knows that it is.
+    """
 
     layout: TensorLayout
     state: State
     options: Options
-    basis: Basis
     stream: int
+    usable: Tensor | None = None
 
-    def gradient(self, grads: Sequence[Tensor | None]) -> Tensor:
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the host must not read anything in a step."""
+        return self.options["capturable"] or (self.layout.owner.is_cuda and not has_clean_pairs(self.options))
+
+    @property
+    def known_step(self) -> int:
+        """Steps taken before, where the host may know; else -1."""
+        return -1 if self.is_on_device else int(self.state["step"].item())
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether only some of the parameters have a gradient."""
+        return any(param.grad is None for param in self.layout.params)
+
+    @property
+    def refit_is_due(self) -> bool:
+        """Whether the basis is refitted in this step. A captured step is always the same: it refits."""
+        calls, options = self.state["calls"], self.options
+        if not (options["refit_steps"] and self.layout.rotated):
+            return False
+        return options["capturable"] or calls <= REFIT_WARMUP or calls % options["refit_every"] == 0
+
+    def parameters(self) -> Tensor:
+        """The parameters as one tensor in the dtype of the state; it may alias them."""
+        return self.layout.gather([param.detach() for param in self.layout.params])
+
+    def gradient(self, basis: Basis) -> Tensor:
         """The gradient as one tensor, with L2 decay and ``maximize``; missing ones have no innovation."""
-        options, params = self.options, self.layout.params
-        if any(grad is None for grad in grads):
-            means = self.layout.scatter(self.basis.from_rotated(self.state["mean_grad"]))
-            grads = [mean if grad is None else grad for grad, mean in zip(grads, means, strict=True)]
-        grad = self.layout.gather([grad for grad in grads if grad is not None])
+        layout, params = self.layout, self.layout.params
+        if not self.is_partial:
+            return layout.gather([self._gradient_of(param) for param in params])
+        means = layout.scatter(basis.from_rotated(self.state["mean_grad"]))
+        return layout.gather(
+            [
+                mean if param.grad is None else self._gradient_of(param)
+                for param, mean in zip(params, means, strict=True)
+            ]
+        )
+
+    def _gradient_of(self, param: Tensor) -> Tensor:
+        options, grad = self.options, param.grad
+        assert grad is not None
         if options["maximize"]:
             grad = -grad
         if options["weight_decay"] and not options["decoupled_weight_decay"]:
-            grad = grad.add(self.layout.gather([p.detach() for p in params]), alpha=options["weight_decay"])
+            grad = grad.to(self.layout.dtype).add(param.detach(), alpha=options["weight_decay"])
         return grad
 
-    def rotated(self, grad: Tensor) -> Tensor:
+    def rotated_gradient(self, basis: Basis) -> Tensor:
         """``Q^T g``, a new tensor."""
-        return self.basis.to_rotated(grad).clamp(-MAX_ROTATED_GRAD, MAX_ROTATED_GRAD)
+        return basis.to_rotated(self.gradient(basis)).clamp(-MAX_ROTATED_GRAD, MAX_ROTATED_GRAD)
+
+    def freeze_missing(self, basis: Basis) -> None:
+        """Sets the displacement of parameters without gradient to zero: their pairs are (0, 0)."""
+        displacement = self.state.get("displacement")
+        if displacement is None or not self.is_partial:
+            return
+        parts = self.layout.scatter(basis.from_rotated(displacement))
+        kept = [
+            torch.zeros_like(part) if param.grad is None else part
+            for part, param in zip(parts, self.layout.params, strict=True)
+        ]
+        displacement.copy_(basis.to_rotated(self.layout.gather(kept)))
 
     def normalizer(self) -> tuple[Tensor, Tensor]:
         """``sqrt(V)`` in gradient units, and ``tau`` in parameter units (0 for ``innovation``)."""
@@ -111,103 +151,64 @@ class TensorStep:
             return found.slope.abs().div_(found.tau)
         return found.energy.sqrt().div_(found.tau)
 
-    def direction(self, rotated_grad: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The rotated update, to be multiplied by ``-lr``; no entry exceeds ``max_update``."""
-        options = self.options
-        scale, tau = self.normalizer()
-        scale.add_(options["eps"]).clamp_min_(torch.finfo(scale.dtype).tiny)
-        limit = options["max_update"]
-        if options["scaling"] == "adam":
-            return (self.state["mean_grad"] / scale).clamp_(-limit, limit)
-        inverse = known_displacement(tau) / scale
-        if pair is None or not self.state["step"] > MIN_STEPS:
-            return (inverse * rotated_grad).clamp_(-limit, limit)
-        return bfgs_direction(inverse, rotated_grad, *pair).clamp_(-limit, limit)
 
-    def write(self, delta: Tensor, grads: Sequence[Tensor | None], *, track: bool) -> Tensor:
-        """Adds the rotated update ``delta`` to the parameters.
+class CleanStep(NamedTuple):
+    """What a step with clean pairs leaves for the estimate.
 
-        Returns:
-            What was written, rotated. Without decoupled decay and in float32 and float64 that is
-            ``delta`` up to rounding, and nothing is rotated a second time.
-        """
-        options, params = self.options, self.layout.params
-        decay = options["weight_decay"] if options["decoupled_weight_decay"] else 0.0
-        partial = any(grad is None for grad in grads)
-        exact = not (decay or partial) and self.layout.dtype == self.layout.owner.dtype
-        changes: list[Tensor] = []
-        for param, update, grad in zip(params, self.layout.scatter(self.basis.from_rotated(delta)), grads, strict=True):
-            before = param.detach().clone() if track and not exact else None
-            if grad is not None:
-                if decay:
-                    param.mul_(1 - options["lr"] * decay)
-                param.add_(update)
-            if before is not None:
-                changes.append(param.to(self.layout.dtype) - before.to(self.layout.dtype))
-        return self.basis.to_rotated(self.layout.gather(changes)) if changes else delta
+    Attributes:
+        grad: rotated gradient.
+        written: rotated change of the parameters.
+        weight: weight of the step in the moments.
+        pair: the clean pair ``(u, w)`` of this step, where it is known before the second gradient.
+    """
 
-    def freeze_missing(self, grads: Sequence[Tensor | None]) -> None:
-        """Sets the displacement of parameters without gradient to zero: their pairs are (0, 0)."""
-        displacement = self.state.get("displacement")
-        if displacement is None or all(grad is not None for grad in grads):
-            return
-        parts = self.layout.scatter(self.basis.from_rotated(displacement))
-        kept = [part if grad is not None else torch.zeros_like(part) for part, grad in zip(parts, grads, strict=True)]
-        displacement.copy_(self.basis.to_rotated(self.layout.gather(kept)))
+    grad: Tensor
+    written: Tensor
+    weight: float
+    pair: tuple[Tensor, Tensor] | None
 
-    def take(self, grads: Sequence[Tensor | None]) -> Stepped:
-        """The step: averages, moments (pairs "ema"), direction, write."""
-        state, options = self.state, self.options
-        own_pairs = options["pairs"] == "ema"
-        if own_pairs:
-            self.freeze_missing(grads)
-        state["step"] += 1
-        weights = pair_weights(state["step"].item(), options["betas"])
-        rotated = self.rotated(self.gradient(grads))
-        displacement = state.get("displacement")
-        if own_pairs and not has_clean_pairs(options):
-            delta_grad, delta = self._noisy_step(rotated, weights)
-            written = self.write(delta, grads, track=displacement is not None)
-            sketch_weight = max(1 - SKETCH_BETA, weights[0])
-            update_sketches_(
-                state, self.layout, delta_grad, seed=options["seed"], stream=self.stream, weight=sketch_weight
-            )
-            pair = None
-        else:
-            pair = self._clean_averages(rotated, weights, displacement)
-            written = self.write(self.direction(rotated, pair).mul_(-options["lr"]), grads, track=True)
-        if displacement is not None:
-            advance_displacement_(displacement, written, weights[0])
-        return Stepped(rotated, written, weights[1], pair)
 
-    def _noisy_step(self, rotated: Tensor, weights: tuple[Weight, Weight, Weight]) -> tuple[Tensor, Tensor]:
-        """Averages, moments and direction of an "ema", "adam" step: the innovation and the rotated update."""
-        state, options = self.state, self.options
-        scalars = StepScalars(
-            weights=weights,
-            step=state["step"].item(),
-            lr=options["lr"],
-            beta2=options["betas"][1],
-            eps=options["eps"],
-            max_update=options["max_update"],
-        )
-        fused = self.basis.backend.fused_step_(state, rotated, scalars)
-        if fused is not None:
-            return rotated, fused
-        delta_grad = update_mean_grad_(state["mean_grad"], rotated, weights[0])
-        update_moments_(state, delta_grad, state.get("displacement"), weight=weights[1], pair_weight=weights[2])
-        return delta_grad, self.direction(rotated, None).mul_(-options["lr"])
+def take_clean_step(tensor: TensorStep, basis: Basis) -> CleanStep:
+    """The step of pairs "same_batch", or of scaling "newton": averages, moments ("ema"), direction, write."""
+    state, options = tensor.state, tensor.options
+    tensor.freeze_missing(basis)
+    state["step"] += 1
+    weight, square, pair_weight = (float(w) for w in pair_weights(state["step"].item(), options["betas"]))
+    grad = tensor.rotated_gradient(basis)
+    delta_grad = update_mean_grad_(state["mean_grad"], grad, weight)
+    displacement = state.get("displacement")
+    pair = None
+    if displacement is None:
+        state["energy"].lerp_(grad.square().mean(), square)
+    else:
+        update_moments_(state, delta_grad, displacement, weight=square, pair_weight=pair_weight)
+        pair = delta_grad, displacement.clone()
+    before = tensor.parameters().clone()
+    decay = options["weight_decay"] if options["decoupled_weight_decay"] else 0.0
+    change = tensor.layout.scatter(basis.from_rotated(_clean_direction(tensor, grad, pair).mul_(-options["lr"])))
+    for param, part in zip(tensor.layout.params, change, strict=True):
+        if param.grad is not None:
+            if decay:
+                param.mul_(1 - options["lr"] * decay)
+            param.add_(part)
+    written = basis.to_rotated(tensor.parameters() - before)
+    if displacement is not None:
+        advance_displacement_(displacement, written, weight)
+    return CleanStep(grad, written, square, pair)
 
-    def _clean_averages(
-        self, rotated: Tensor, weights: tuple[Weight, Weight, Weight], displacement: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Averages of a step with clean pairs; the newest pair, where it is known before the step."""
-        delta_grad = update_mean_grad_(self.state["mean_grad"], rotated, weights[0])
-        if displacement is None:
-            self.state["energy"].lerp_(rotated.square().mean(), weights[1])
-            return None
-        update_moments_(self.state, delta_grad, displacement, weight=weights[1], pair_weight=weights[2])
-        return delta_grad, displacement.clone()
+
+def _clean_direction(tensor: TensorStep, grad: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The rotated update, to be multiplied by ``-lr``; no entry exceeds ``max_update``."""
+    state, options = tensor.state, tensor.options
+    scale, tau = tensor.normalizer()
+    scale.add_(options["eps"]).clamp_min_(torch.finfo(scale.dtype).tiny)
+    limit = options["max_update"]
+    if options["scaling"] == "adam":
+        return (state["mean_grad"] / scale).clamp_(-limit, limit)
+    inverse = known_displacement(tau) / scale
+    if pair is None or not state["step"] > MIN_STEPS:
+        return (inverse * grad).clamp_(-limit, limit)
+    return bfgs_direction(inverse, grad, *pair).clamp_(-limit, limit)
 
 
 def known_displacement(tau: Tensor) -> Tensor:

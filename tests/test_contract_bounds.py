@@ -65,7 +65,7 @@ def test_no_rotated_coordinate_moves_further_than_the_bound(
     largest = 0.0
     for step in range(steps):
         param.grad = gradient(param, step)
-        before, basis = param.detach().clone(), opt._bases.get(param)
+        before, basis = param.detach().clone(), opt.preconditioner(param).basis if opt.state else None
         bound = opt.param_groups[0]["lr"] * KAPPA
         opt.step()
         schedules.step()

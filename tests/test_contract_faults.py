@@ -55,7 +55,7 @@ def test_a_non_finite_gradient_raises_if_asked(bad: float, structure: str) -> No
     before, kept = values(params), snapshot(opt)
     set_grads(params, 3)
     params[0].grad[0, 0] = bad
-    with pytest.raises(FloatingPointError, match=r"non-finite gradient .* of a parameter of shape \(6, 5\)"):
+    with pytest.raises(FloatingPointError, match=r"non-finite gradient .* of the tensor of shape \((6, 5|30,)\)"):
         opt.step()
     assert_same(values(params), before)
     assert_same(snapshot(opt), kept, skip=COUNTERS)

@@ -156,12 +156,6 @@ def test_flat_needs_one_dtype() -> None:
     Butterfly([{"params": mixed[:1]}, {"params": mixed[1:]}], structure="flat")
 
 
-@pytest.mark.parametrize("name", ["capturable", "stochastic_rounding"])
-def test_options_of_later_versions(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"{name}=True is not implemented yet"):
-        Butterfly(make_params(), **{name: True})
-
-
 def test_seed_decides_the_sketches() -> None:
     runs = []
     for seed in (0, 0, 1):

@@ -1,0 +1,277 @@
+"""The default step (pairs "ema", scaling "adam") of many tensors: phase after phase, stacked where small.
+
+    theta -= lr Q clip( Q^T gbar / (sqrt(V) + eps), +-kappa )
+
+with ``V`` the diagonal estimate (``diagonal``) and ``kappa = max_update``. The clip matters: ``V`` holds the
+energy of innovations only, and on a constant gradient they vanish.
+
+Tensors of equal shape form a ``Batch``: small ones are stacked, so that they share every operation; a large
+one is a batch of its own, updated in place. The numbers of a step (``Scalars``) are plain numbers where the
+host knows them. On a GPU and with ``capturable`` they are tensors, and nothing is read on the host: a step
+that must be skipped then has weights and learning rate 0, which leaves state and parameters as they were.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from butterfly_opt.backend import Backend
+from butterfly_opt.basis import Basis
+from butterfly_opt.diagonal import regress
+from butterfly_opt.estimate import (
+    SKETCH_BETA,
+    Weight,
+    average_product_,
+    pair_weights,
+    update_axis_sketch_,
+)
+from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
+from butterfly_opt.rounding import write_stochastic_
+from butterfly_opt.update import MAX_ROTATED_GRAD, TensorStep
+
+ROUNDING_STREAMS = 1 << 31
+"""Random streams from here on round parameters; those below are of sketches."""
+
+
+class Scalars(NamedTuple):
+    """The numbers of a step: plain, or tensors that broadcast against a stack ``(B, *shape)``.
+
+    Attributes:
+        mean: weight ``a`` of this gradient in ``gbar``.
+        square: weight of this innovation in ``A``.
+        pair: weight of this pair in ``B`` and ``C``.
+        step: steps so far, including this one.
+        lr: learning rate.
+        usable: whether the step is taken; None where the host has left out all others.
+    """
+
+    mean: Weight
+    square: Weight
+    pair: Weight
+    step: Weight
+    lr: Weight
+    usable: Tensor | None
+
+    @property
+    def sketch(self) -> Weight:
+        """Weight of this innovation in the sketches."""
+        if isinstance(self.mean, Tensor):
+            return torch.where(self.mean > 0, self.mean.clamp_min(1 - SKETCH_BETA), 0.0)
+        return max(1 - SKETCH_BETA, self.mean)
+
+    def whole_step(self, row: int) -> int | Tensor:
+        """Steps of one tensor of the batch, as an integer."""
+        return self.step[row].view(()).long() if isinstance(self.step, Tensor) else int(self.step)
+
+
+def host_scalars(tensors: Sequence[TensorStep]) -> Scalars:
+    """Counts the step of tensors that have taken equally many, and makes its numbers."""
+    options, step = tensors[0].options, tensors[0].known_step + 1
+    torch._foreach_add_([tensor.state["step"] for tensor in tensors], 1)
+    return Scalars(*pair_weights(step, options["betas"]), step, float(options["lr"]), None)
+
+
+def device_scalars(tensors: Sequence[TensorStep]) -> Tensor:
+    """Counts the step of tensors of one group and device, where usable, and makes its numbers without the host.
+
+    Returns:
+        The fields of ``Scalars`` as columns, float32 ``(len(tensors), 6)``: weights and learning rate are 0
+        where a step is not usable.
+    """
+    options = tensors[0].options
+    taken = torch.stack([tensor.usable for tensor in tensors if tensor.usable is not None]).float()
+    counters = [tensor.state["step"] for tensor in tensors]
+    steps = torch.stack(counters) + taken
+    torch._foreach_copy_(counters, list(steps.unbind()))
+    weights = [weight * taken for weight in pair_weights(steps.clamp_min(1), options["betas"])]
+    return torch.stack([*weights, steps, taken * options["lr"], taken], 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one shape, dtype and device that step together, with their common basis."""
+
+    tensors: Sequence[TensorStep]
+    basis: Basis
+    scalars: Scalars
+
+    @property
+    def options(self) -> Any:
+        """Options of the group."""
+        return self.tensors[0].options
+
+    def stack(self, name: str) -> Tensor:
+        """A state of all tensors as ``(B, *shape)``: a view for one tensor, else a copy; see ``store``."""
+        return stack([tensor.state[name] for tensor in self.tensors])
+
+    def store(self, **stacks: Tensor) -> None:
+        """Writes copies of ``stack`` back."""
+        if len(self.tensors) > 1:
+            states = [tensor.state[name] for name in stacks for tensor in self.tensors]
+            torch._foreach_copy_(states, [part for stack in stacks.values() for part in stack.unbind()])
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the parameters change by the update itself, up to rounding in their own dtype."""
+        first, options = self.tensors[0], self.options
+        decays = options["weight_decay"] and options["decoupled_weight_decay"]
+        return not decays and first.layout.dtype == first.layout.owner.dtype and not first.is_partial
+
+    def rotated_gradients(self) -> Tensor:
+        """``Q^T g``, ``(B, *shape)``, a new tensor."""
+        grads = stack([tensor.gradient(self.basis) for tensor in self.tensors])
+        return self.basis.to_rotated(grads).clamp(-MAX_ROTATED_GRAD, MAX_ROTATED_GRAD)
+
+
+def group_alike(tensors: Sequence[TensorStep], backend: Backend) -> list[list[TensorStep]]:
+    """Tensors of one group in lists for a batch each: small ones equal in shape, dtype, device and schedule."""
+    alike: dict[Any, list[TensorStep]] = defaultdict(list)
+    for tensor in tensors:
+        layout, owner = tensor.layout, tensor.layout.owner
+        key: Any = owner
+        if owner.numel() <= backend.max_stacked and len(layout.params) == 1:
+            key = (layout.shape, owner.dtype, owner.device, tensor.refit_is_due, tensor.known_step)
+        alike[key].append(tensor)
+    return list(alike.values())
+
+
+def make_batches(
+    tensors: Sequence[TensorStep], basis: Callable[[Sequence[TensorStep]], Basis], backend: Backend
+) -> list[Batch]:
+    """The batches of a group's tensors, all on one device, with the numbers of their step, which this counts.
+
+    Args:
+        tensors: of one group and device.
+        basis: gives the common basis of a batch.
+        backend: of the group.
+    """
+    lists = group_alike(tensors, backend)
+    if tensors[0].usable is None:
+        return [Batch(alike, basis(alike), host_scalars(alike)) for alike in lists]
+    rows = device_scalars([tensor for alike in lists for tensor in alike])
+    batches: list[Batch] = []
+    for alike, part in zip(lists, rows.split([len(alike) for alike in lists]), strict=True):
+        columns = part.view(len(alike), len(Scalars._fields), *(1 for _ in alike[0].layout.shape))
+        mean, square, pair, step, lr, usable = columns.unbind(1)
+        batches.append(Batch(alike, basis(alike), Scalars(mean, square, pair, step, lr, usable > 0)))
+    return batches
+
+
+def take_steps(batches: Sequence[Batch], backend: Backend) -> None:
+    """Steps the batches: gradients, averages, sketches, parameters."""
+    for part in _chunks(batches, backend.chunk):
+        for batch in part:
+            for tensor in batch.tensors:
+                tensor.freeze_missing(batch.basis)
+        rotated = [batch.rotated_gradients() for batch in part]
+        updates = [_take_averages(batch, grad) for batch, grad in zip(part, rotated, strict=True)]
+        for batch, update in zip(part, updates, strict=True):
+            _write(batch, update)
+
+
+def _chunks(batches: Sequence[Batch], elements: int) -> list[list[Batch]]:
+    """The batches in lists of about as many elements: what is in flight at once stays bounded."""
+    chunks: list[list[Batch]] = []
+    room = -1
+    for batch in batches:
+        size = len(batch.tensors) * batch.basis.shape.numel()
+        if size > room:
+            chunks.append([])
+            room = elements
+        chunks[-1].append(batch)
+        room -= size
+    return chunks
+
+
+def _take_averages(batch: Batch, grad: Tensor) -> Tensor:
+    """Averages, direction and sketches of a batch: the rotated update, ``-lr`` times the direction."""
+    scalars, options = batch.scalars, batch.options
+    secant = options["diagonal"] == "secant"
+    mean_grad, grad_sq = batch.stack("mean_grad"), batch.stack("grad_sq")
+    if scalars.usable is not None:
+        grad = torch.where(scalars.usable, grad, mean_grad)
+    delta_grad = update_mean_grad_(mean_grad, grad, scalars.mean)
+    average_product_(grad_sq, delta_grad, delta_grad, scalars.square)
+    if secant:
+        displacement, disp_sq, cross = batch.stack("displacement"), batch.stack("disp_sq"), batch.stack("cross")
+        average_product_(disp_sq, displacement, displacement, scalars.pair)
+        average_product_(cross, delta_grad, displacement, scalars.pair)
+        beta2 = options["betas"][1]
+        energy = regress(grad_sq, disp_sq, cross, beta2=beta2, step=scalars.step, batched=True).energy
+        scale = energy.sqrt_().add_(options["eps"])
+    else:
+        scale = grad_sq.sqrt().add_(options["eps"])
+    limit = options["max_update"]
+    update = (mean_grad / scale.clamp_min_(torch.finfo(scale.dtype).tiny)).clamp_(-limit, limit).mul_(-scalars.lr)
+    stored = {"mean_grad": mean_grad, "grad_sq": grad_sq}
+    if secant:
+        stored |= {"disp_sq": disp_sq, "cross": cross}
+        if batch.is_exact:
+            advance_displacement_(displacement, update, scalars.mean)
+            stored["displacement"] = displacement
+    batch.store(**stored)
+    _take_sketches(batch, delta_grad, grad_sq)
+    return update
+
+
+def _take_sketches(batch: Batch, delta_grad: Tensor, grad_sq: Tensor) -> None:
+    first, scalars = batch.tensors[0], batch.scalars
+    for axis, dim in enumerate(first.layout.rotated):
+        sketch = batch.stack(f"sketch{axis}")
+        update_axis_sketch_(
+            sketch,
+            delta_grad,
+            grad_sq,
+            dim=dim + 1,
+            seed=batch.options["seed"],
+            stream=2 * first.stream + axis,
+            step=scalars.whole_step(0),
+            weight=scalars.sketch,
+        )
+        batch.store(**{f"sketch{axis}": sketch})
+
+
+def _write(batch: Batch, update: Tensor) -> None:
+    """Adds the rotated updates to the parameters; advances the displacements where that is not done yet."""
+    scalars, options = batch.scalars, batch.options
+    tracked = options["diagonal"] == "secant" and not batch.is_exact
+    decay = options["weight_decay"] if options["decoupled_weight_decay"] else 0.0
+    keep = 1 - scalars.lr * decay if decay else 1.0
+    written = []
+    for row, (tensor, change) in enumerate(zip(batch.tensors, batch.basis.from_rotated(update).unbind(), strict=True)):
+        before = tensor.parameters().clone() if tracked else None
+        for index, (param, part) in enumerate(zip(tensor.layout.params, tensor.layout.scatter(change), strict=True)):
+            if param.grad is None:
+                continue
+            if decay:
+                param.mul_(keep[row].view(()) if isinstance(keep, Tensor) else keep)
+            if options["stochastic_rounding"] and param.dtype == torch.bfloat16:
+                stream = ROUNDING_STREAMS + tensor.stream + index
+                write_stochastic_(param, part, seed=options["seed"], stream=stream, step=scalars.whole_step(row))
+            else:
+                param.add_(part)
+        if before is not None:
+            written.append(tensor.parameters() - before)
+    if tracked:
+        displacement = batch.stack("displacement")
+        advance_displacement_(displacement, batch.basis.to_rotated(torch.stack(written)), scalars.mean)
+        batch.store(displacement=displacement)
+
+
+def move_averages_(tensors: Sequence[TensorStep], old: Basis, new: Basis) -> None:
+    """Moves the averages of tensors of one shape from an old basis to a new one; not those of skipped steps."""
+    for name in ("mean_grad", "displacement"):
+        if name in tensors[0].state:
+            states = [tensor.state[name] for tensor in tensors]
+            moved = new.to_rotated(old.from_rotated(stack(states))).unbind()
+            for tensor, state, value in zip(tensors, states, moved, strict=True):
+                state.copy_(value if tensor.usable is None else torch.where(tensor.usable, value, state))
+
+
+def stack(states: Sequence[Tensor]) -> Tensor:
+    """``(B, *shape)``: a view of a single tensor, a copy of several."""
+    return states[0][None] if len(states) == 1 else torch.stack(list(states))

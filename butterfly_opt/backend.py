@@ -5,7 +5,8 @@ The only module that imports ``butterfly_opt.triton_kernels``, and only when a k
 
 import importlib.util
 import os
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,16 +32,45 @@ class Rotation(Protocol):
         ...
 
 
+class FusedStep(NamedTuple):
+    """What the tensors of a fused step share: options of the group, and whether ``s`` advances by the update."""
+
+    eps: float
+    max_update: float
+    beta2: float
+    advance: bool
+
+
+class FusedWrite(NamedTuple):
+    """What the parameters of a fused write share.
+
+    Attributes:
+        weight_decay: decoupled decay.
+        streams: a random stream for each parameter.
+        rounding_seed: seed of stochastic rounding of bfloat16 parameters; None rounds to nearest.
+    """
+
+    weight_decay: float
+    streams: Sequence[int]
+    rounding_seed: int | None
+
+
 class Backend:
     """The torch path."""
 
     name = "torch"
+
+    has_fused_steps = False
+    """Whether the ``fused_`` methods exist."""
 
     max_stacked = 1 << 14
     """Tensors of equal shape up to this size are stacked into one (measured: beyond, the copies cost more)."""
 
     chunk = 0
     """Elements whose steps are taken together, one phase after the other: here every batch on its own."""
+
+    short_stages = 64
+    """Axes of up to so many stages are refitted apart from longer ones: here all together."""
 
     def rotation(self, angles: Tensor, n: int, *, columns: int) -> Rotation:
         """The rotation of an axis of length ``n`` that ``columns`` columns share.
@@ -63,13 +93,66 @@ class Backend:
         """As ``rotation.angle_gradient``."""
         return rotation.angle_gradient(u, grad_u, angles, dim=dim)
 
+    def fused_averages_(
+        self,
+        states: Sequence[Mapping[str, Tensor]],
+        grads: Sequence[Tensor],
+        updates: Sequence[Tensor],
+        rows: Tensor,
+        step: FusedStep,
+    ) -> None:
+        """Averages and directions of a step of many tensors in a few launches (only with ``has_fused_steps``).
+
+        Args:
+            states: the averages of each tensor, updated in place.
+            grads: rotated gradients, overwritten with the innovations ``u``.
+            updates: receive the rotated updates, ``-lr`` times the directions.
+            rows: ``(tensors, 6)``, the fields of ``batch.Scalars``.
+            step: numbers that all share.
+        """
+        raise NotImplementedError
+
+    def fused_write_(
+        self,
+        params: Sequence[Tensor],
+        updates: Sequence[Tensor],
+        written: Sequence[Tensor] | None,
+        rows: Tensor,
+        write: FusedWrite,
+    ) -> None:
+        """Adds updates to the parameters in one launch (only with ``has_fused_steps``).
+
+        Args:
+            params: contiguous parameters of one dtype.
+            updates: of their shapes, float32.
+            written: receive the changes of the parameters after rounding, float32.
+            rows: ``(len(params), 6)``, the fields of ``batch.Scalars``.
+            write: how.
+        """
+        raise NotImplementedError
+
+    def fused_refit_(
+        self,
+        sketch: Tensor,
+        state: tuple[Tensor, Tensor, Tensor],
+        *,
+        steps: int,
+        refit_lr: float,
+        taken: Tensor,
+        owned: Tensor | None,
+    ) -> Tensor:
+        """As ``refit.refit_sketch_`` in one or a few launches (only with ``has_fused_steps``)."""
+        raise NotImplementedError
+
 
 class TritonBackend(Backend):
     """The fused kernels, for float32 state on a GPU (or on the CPU in Triton's interpreter)."""
 
     name = "triton"
+    has_fused_steps = True
     max_stacked = 1 << 18
     chunk = 1 << 26
+    short_stages = 10
 
     def rotation(self, angles: Tensor, n: int, *, columns: int) -> Rotation:
         """The rotation of an axis of length ``n``."""
@@ -87,6 +170,56 @@ class TritonBackend(Backend):
         from butterfly_opt.triton_kernels.rotate import angle_gradient
 
         return angle_gradient(_columns(u, angles, dim), _columns(grad_u, angles, dim), angles.cos(), angles.sin())
+
+    def fused_averages_(
+        self,
+        states: Sequence[Mapping[str, Tensor]],
+        grads: Sequence[Tensor],
+        updates: Sequence[Tensor],
+        rows: Tensor,
+        step: FusedStep,
+    ) -> None:
+        """As ``Backend.fused_averages_``, in two launches, three for secant."""
+        from butterfly_opt.triton_kernels.step import direction_, direction_table, moments_, moments_table
+
+        def column(name: str) -> list[Tensor]:
+            return [state[name] for state in states]
+
+        averages = column("mean_grad"), column("grad_sq")
+        secant = {"disp_sqs": column("disp_sq"), "crosses": column("cross")} if "disp_sq" in states[0] else {}
+        moved = {"displacements": column("displacement")} if secant else {}
+        sums = moments_(moments_table(grads, *averages, **secant, **moved), rows)
+        table = direction_table(updates, *averages, **secant, **(moved if step.advance else {}))
+        direction_(table, rows, eps=step.eps, max_update=step.max_update, beta2=step.beta2, sums=sums)
+
+    def fused_write_(
+        self,
+        params: Sequence[Tensor],
+        updates: Sequence[Tensor],
+        written: Sequence[Tensor] | None,
+        rows: Tensor,
+        write: FusedWrite,
+    ) -> None:
+        """As ``Backend.fused_write_``."""
+        from butterfly_opt.triton_kernels.write import write_, write_table
+
+        table = write_table(params, updates, written=written, streams=write.streams)
+        write_(table, rows, weight_decay=write.weight_decay, rounding_seed=write.rounding_seed)
+
+    def fused_refit_(
+        self,
+        sketch: Tensor,
+        state: tuple[Tensor, Tensor, Tensor],
+        *,
+        steps: int,
+        refit_lr: float,
+        taken: Tensor,
+        owned: Tensor | None,
+    ) -> Tensor:
+        """As ``Backend.fused_refit_``."""
+        from butterfly_opt.triton_kernels.refit import refit_sketch_
+
+        return refit_sketch_(sketch, *state, steps=steps, refit_lr=refit_lr, taken=taken, owned=owned)
 
 
 class DenseRotation:

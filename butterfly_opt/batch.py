@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from butterfly_opt.backend import Backend
+from butterfly_opt.backend import Backend, FusedStep, FusedWrite
 from butterfly_opt.basis import Basis
 from butterfly_opt.diagonal import regress
 from butterfly_opt.estimate import (
@@ -29,7 +29,8 @@ from butterfly_opt.estimate import (
     pair_weights,
     update_axis_sketch_,
 )
-from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
+from butterfly_opt.options import Options
+from butterfly_opt.pairs import advance_displacement_, average_
 from butterfly_opt.rounding import write_stochastic_
 from butterfly_opt.update import MAX_ROTATED_GRAD, TensorStep
 
@@ -98,6 +99,15 @@ class Batch:
     tensors: Sequence[TensorStep]
     basis: Basis
     scalars: Scalars
+    device_rows: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """The scalars of each tensor as a row, float32 ``(B, 6)``: what the fused kernels read."""
+        if self.device_rows is not None:
+            return self.device_rows
+        numbers = torch.tensor([float(number) for number in self.scalars[:-1]] + [1.0])
+        return numbers.to(self.tensors[0].layout.owner.device).expand(len(self.tensors), -1)
 
     @property
     def options(self) -> Any:
@@ -157,20 +167,26 @@ def make_batches(
     for alike, part in zip(lists, rows.split([len(alike) for alike in lists]), strict=True):
         columns = part.view(len(alike), len(Scalars._fields), *(1 for _ in alike[0].layout.shape))
         mean, square, pair, step, lr, usable = columns.unbind(1)
-        batches.append(Batch(alike, basis(alike), Scalars(mean, square, pair, step, lr, usable > 0)))
+        batches.append(Batch(alike, basis(alike), Scalars(mean, square, pair, step, lr, usable > 0), part))
     return batches
 
 
 def take_steps(batches: Sequence[Batch], backend: Backend) -> None:
-    """Steps the batches: gradients, averages, sketches, parameters."""
-    for part in _chunks(batches, backend.chunk):
-        for batch in part:
-            for tensor in batch.tensors:
-                tensor.freeze_missing(batch.basis)
-        rotated = [batch.rotated_gradients() for batch in part]
-        updates = [_take_averages(batch, grad) for batch, grad in zip(part, rotated, strict=True)]
-        for batch, update in zip(part, updates, strict=True):
-            _write(batch, update)
+    """Steps the batches of a group: gradients, averages, sketches, parameters."""
+    for is_exact in (True, False):
+        for part in _chunks([batch for batch in batches if batch.is_exact == is_exact], backend.chunk):
+            for batch in part:
+                for tensor in batch.tensors:
+                    tensor.freeze_missing(batch.basis)
+            rotated = [batch.rotated_gradients() for batch in part]
+            if backend.has_fused_steps:
+                updates = _take_fused_averages(part, rotated, backend)
+            else:
+                updates = [_take_averages(batch, grad) for batch, grad in zip(part, rotated, strict=True)]
+            for batch, delta_grad in zip(part, rotated, strict=True):
+                _take_sketches(batch, delta_grad)
+            changes = [batch.basis.from_rotated(update) for batch, update in zip(part, updates, strict=True)]
+            _write(part, changes, backend)
 
 
 def _chunks(batches: Sequence[Batch], elements: int) -> list[list[Batch]]:
@@ -188,38 +204,51 @@ def _chunks(batches: Sequence[Batch], elements: int) -> list[list[Batch]]:
 
 
 def _take_averages(batch: Batch, grad: Tensor) -> Tensor:
-    """Averages, direction and sketches of a batch: the rotated update, ``-lr`` times the direction."""
+    """Averages and direction of a batch: the rotated update. ``grad`` becomes the innovation."""
     scalars, options = batch.scalars, batch.options
     secant = options["diagonal"] == "secant"
     mean_grad, grad_sq = batch.stack("mean_grad"), batch.stack("grad_sq")
+    delta_grad = grad.sub_(mean_grad)
     if scalars.usable is not None:
-        grad = torch.where(scalars.usable, grad, mean_grad)
-    delta_grad = update_mean_grad_(mean_grad, grad, scalars.mean)
+        delta_grad.copy_(torch.where(scalars.usable, delta_grad, 0.0))
+    average_(mean_grad, delta_grad, scalars.mean)
     average_product_(grad_sq, delta_grad, delta_grad, scalars.square)
+    stored = {"mean_grad": mean_grad, "grad_sq": grad_sq}
+    energy = grad_sq
     if secant:
         displacement, disp_sq, cross = batch.stack("displacement"), batch.stack("disp_sq"), batch.stack("cross")
         average_product_(disp_sq, displacement, displacement, scalars.pair)
         average_product_(cross, delta_grad, displacement, scalars.pair)
+        stored |= {"disp_sq": disp_sq, "cross": cross}
         beta2 = options["betas"][1]
         energy = regress(grad_sq, disp_sq, cross, beta2=beta2, step=scalars.step, batched=True).energy
-        scale = energy.sqrt_().add_(options["eps"])
-    else:
-        scale = grad_sq.sqrt().add_(options["eps"])
+    scale = energy.sqrt().add_(options["eps"]).clamp_min_(torch.finfo(energy.dtype).tiny)
     limit = options["max_update"]
-    update = (mean_grad / scale.clamp_min_(torch.finfo(scale.dtype).tiny)).clamp_(-limit, limit).mul_(-scalars.lr)
-    stored = {"mean_grad": mean_grad, "grad_sq": grad_sq}
-    if secant:
-        stored |= {"disp_sq": disp_sq, "cross": cross}
-        if batch.is_exact:
-            advance_displacement_(displacement, update, scalars.mean)
-            stored["displacement"] = displacement
+    update = (mean_grad / scale).clamp_(-limit, limit).mul_(-scalars.lr)
+    if secant and batch.is_exact:
+        advance_displacement_(displacement, update, scalars.mean)
+        stored["displacement"] = displacement
     batch.store(**stored)
-    _take_sketches(batch, delta_grad, grad_sq)
     return update
 
 
-def _take_sketches(batch: Batch, delta_grad: Tensor, grad_sq: Tensor) -> None:
+def _take_fused_averages(batches: Sequence[Batch], grads: Sequence[Tensor], backend: Backend) -> list[Tensor]:
+    """As ``_take_averages``, of all batches together."""
+    options = batches[0].options
+    updates = [torch.empty_like(grad) for grad in grads]
+    backend.fused_averages_(
+        [tensor.state for batch in batches for tensor in batch.tensors],
+        [part for grad in grads for part in grad.unbind()],
+        [part for update in updates for part in update.unbind()],
+        torch.cat([batch.rows for batch in batches]),
+        FusedStep(options["eps"], options["max_update"], options["betas"][1], advance=batches[0].is_exact),
+    )
+    return updates
+
+
+def _take_sketches(batch: Batch, delta_grad: Tensor) -> None:
     first, scalars = batch.tensors[0], batch.scalars
+    grad_sq = batch.stack("grad_sq") if first.layout.rotated else delta_grad
     for axis, dim in enumerate(first.layout.rotated):
         sketch = batch.stack(f"sketch{axis}")
         update_axis_sketch_(
@@ -235,31 +264,74 @@ def _take_sketches(batch: Batch, delta_grad: Tensor, grad_sq: Tensor) -> None:
         batch.store(**{f"sketch{axis}": sketch})
 
 
-def _write(batch: Batch, update: Tensor) -> None:
-    """Adds the rotated updates to the parameters; advances the displacements where that is not done yet."""
-    scalars, options = batch.scalars, batch.options
-    tracked = options["diagonal"] == "secant" and not batch.is_exact
-    decay = options["weight_decay"] if options["decoupled_weight_decay"] else 0.0
-    keep = 1 - scalars.lr * decay if decay else 1.0
-    written = []
-    for row, (tensor, change) in enumerate(zip(batch.tensors, batch.basis.from_rotated(update).unbind(), strict=True)):
-        before = tensor.parameters().clone() if tracked else None
-        for index, (param, part) in enumerate(zip(tensor.layout.params, tensor.layout.scatter(change), strict=True)):
-            if param.grad is None:
-                continue
-            if decay:
-                param.mul_(keep[row].view(()) if isinstance(keep, Tensor) else keep)
-            if options["stochastic_rounding"] and param.dtype == torch.bfloat16:
-                stream = ROUNDING_STREAMS + tensor.stream + index
-                write_stochastic_(param, part, seed=options["seed"], stream=stream, step=scalars.whole_step(row))
-            else:
-                param.add_(part)
-        if before is not None:
-            written.append(tensor.parameters() - before)
+class Write(NamedTuple):
+    """The write of one parameter: the change to add, its batch and the row of its tensor, its random stream."""
+
+    param: Tensor
+    change: Tensor
+    batch: Batch
+    row: int
+    stream: int
+
+
+def _write(batches: Sequence[Batch], changes: Sequence[Tensor], backend: Backend) -> None:
+    """Adds the changes to the parameters; advances the displacements where that is not done yet."""
+    options = batches[0].options
+    tracked = options["diagonal"] == "secant" and not batches[0].is_exact
+    fused: dict[torch.dtype, list[Write]] = defaultdict(list)
+    written: dict[Tensor, Tensor] = {}
+    for batch, change in zip(batches, changes, strict=True):
+        for row, (tensor, own) in enumerate(zip(batch.tensors, change.unbind(), strict=True)):
+            for index, (param, part) in enumerate(zip(tensor.layout.params, tensor.layout.scatter(own), strict=True)):
+                write = Write(param, part, batch, row, ROUNDING_STREAMS + tensor.stream + index)
+                if param.grad is None:
+                    written[param] = torch.zeros_like(part)
+                elif backend.has_fused_steps and param.is_contiguous():
+                    fused[param.dtype].append(write)
+                elif tracked:
+                    before = param.detach().clone()
+                    _write_one(write, options)
+                    written[param] = param.to(part.dtype) - before.to(part.dtype)
+                else:
+                    _write_one(write, options)
+    for writes in fused.values():
+        written |= _write_fused(writes, options, backend, track=tracked)
     if tracked:
-        displacement = batch.stack("displacement")
-        advance_displacement_(displacement, batch.basis.to_rotated(torch.stack(written)), scalars.mean)
-        batch.store(displacement=displacement)
+        for batch in batches:
+            moved = stack(
+                [tensor.layout.gather([written[p] for p in tensor.layout.params]) for tensor in batch.tensors]
+            )
+            displacement = batch.stack("displacement")
+            advance_displacement_(displacement, batch.basis.to_rotated(moved), batch.scalars.mean)
+            batch.store(displacement=displacement)
+
+
+def _write_one(write: Write, options: Options) -> None:
+    param, change, batch, row, stream = write
+    scalars = batch.scalars
+    if options["weight_decay"] and options["decoupled_weight_decay"]:
+        keep = 1 - scalars.lr * options["weight_decay"]
+        param.mul_(keep[row].view(()) if isinstance(keep, Tensor) else keep)
+    if options["stochastic_rounding"] and param.dtype == torch.bfloat16:
+        write_stochastic_(param, change, seed=options["seed"], stream=stream, step=scalars.whole_step(row))
+    else:
+        param.add_(change)
+
+
+def _write_fused(writes: Sequence[Write], options: Options, backend: Backend, *, track: bool) -> dict[Tensor, Tensor]:
+    """The writes of parameters of one dtype; the changes after rounding with ``track``."""
+    params = [write.param.detach() for write in writes]
+    changes = [write.change for write in writes]
+    written = [torch.empty_like(change) for change in changes] if track else None
+    rounds = options["stochastic_rounding"] and params[0].dtype == torch.bfloat16
+    how = FusedWrite(
+        weight_decay=options["weight_decay"] if options["decoupled_weight_decay"] else 0.0,
+        streams=[write.stream for write in writes],
+        rounding_seed=options["seed"] if rounds else None,
+    )
+    rows = torch.stack([write.batch.rows[write.row] for write in writes])
+    backend.fused_write_(params, changes, written, rows, how)
+    return dict(zip([write.param for write in writes], written, strict=True)) if written else {}
 
 
 def move_averages_(tensors: Sequence[TensorStep], old: Basis, new: Basis) -> None:

@@ -406,8 +406,10 @@ class Butterfly(Optimizer):
         packs: dict[Any, list[tuple[TensorStep, int]]] = defaultdict(list)
         for batch in batches:
             for tensor in batch.tensors:
-                for axis in range(len(tensor.layout.rotated)):
-                    packs[tensor.layout.dtype, tensor.layout.stages].append((tensor, axis))
+                for axis, (_, stages, _) in enumerate(tensor.layout.angles_shapes(depth=1)):
+                    packs[tensor.layout.dtype, tensor.layout.stages, stages <= backend.short_stages].append(
+                        (tensor, axis)
+                    )
         for axes in packs.values():
             options = axes[0][0].options
             refit_pack_(

@@ -32,10 +32,18 @@ def average_weight(beta: float, step: float | Tensor) -> float | Tensor:
     return (1 - beta) / (1 - beta**step)
 
 
+def average_(average: Tensor, change: Tensor, weight: float | Tensor) -> None:
+    """``average <- average + weight change``, in place."""
+    if isinstance(weight, Tensor):
+        average.addcmul_(change, weight)
+    else:
+        average.add_(change, alpha=weight)
+
+
 def update_mean_grad_(mean_grad: Tensor, grad: Tensor, weight: float | Tensor) -> Tensor:
     """Updates ``gbar`` in place and returns ``delta_grad = grad - gbar_{t-1}``, a new tensor."""
     delta_grad = grad - mean_grad
-    mean_grad.add_(delta_grad * weight if isinstance(weight, Tensor) else delta_grad, alpha=_alpha(weight))
+    average_(mean_grad, delta_grad, weight)
     return delta_grad
 
 
@@ -48,7 +56,3 @@ def advance_displacement_(displacement: Tensor, written: Tensor, weight: float |
         weight: ``a_t`` of this step.
     """
     displacement.mul_(1 - weight).add_(written)
-
-
-def _alpha(weight: float | Tensor) -> float:
-    return 1.0 if isinstance(weight, Tensor) else weight

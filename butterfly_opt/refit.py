@@ -115,6 +115,8 @@ def refit_sketch_(
 
     Cost: ``steps`` times three rotations of k columns.
     """
+    if backend.has_fused_steps:
+        return backend.fused_refit_(sketch, state, steps=steps, refit_lr=refit_lr, taken=taken, owned=owned)
     for step in range(steps):
         u = backend.rotate(sketch, state.angles, dim=0, transpose=True)
         gradient = backend.angle_gradient(u, one_sided_residual(u), state.angles, dim=0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from butterfly_opt.sketch import random_bits
 
+
 def write_stochastic_(param: Tensor, update: Tensor, *, seed: int, stream: int, step: int | Tensor) -> None:
     """``param += update``, rounded up or down at random, in place.
 

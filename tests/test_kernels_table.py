@@ -49,13 +49,27 @@ def test_tables_are_not_used_on_copies(monkeypatch):
 
 def test_lists_are_refused():
     x = torch.zeros(4, 6, device=DEVICE)
+
+    def check(*lists: list) -> None:
+        named = list(zip(("grads", "outs"), lists, strict=False))
+        table.check_lists(named, [table.STATE_DTYPES] * len(lists), "torch")
+
+    check([x, x], [x, x])
     with pytest.raises(ValueError, match="grads must hold at least one tensor, got none"):
-        table.named_rows([("grads", []), ("outs", [])])
+        check([], [])
     with pytest.raises(ValueError, match="outs must hold 2 tensors like grads, got 1"):
-        table.named_rows([("grads", [x, x]), ("outs", [x])])
-    with pytest.raises(ValueError, match=r"grads\[1\] must be on .* like grads\[0\], got meta"):
-        table.named_rows([("grads", [x, x.to("meta")])])
+        check([x, x], [x])
+    with pytest.raises(ValueError, match=r"grads\[1\] must be on a CUDA device, got meta; use torch"):
+        check([x, x.to("meta")])
+    with pytest.raises(ValueError, match=r"outs\[0\] must be on meta like grads\[0\], got"):
+        check([x.to("meta")], [x])
+    with pytest.raises(ValueError, match=r"grads\[0\] must be on a CUDA device, got meta"):
+        check([x.to("meta")])
     with pytest.raises(ValueError, match=r"outs\[1\] must have shape \(4, 6\) like grads\[1\], got \(24,\)"):
-        table.named_rows([("grads", [x, x]), ("outs", [x, x.view(-1)])])
+        check([x, x], [x, x.view(-1)])
+    with pytest.raises(TypeError, match=r"outs\[1\] must be one of torch.float32, got torch.bfloat16; use torch"):
+        check([x, x], [x, x.bfloat16()])
+    with pytest.raises(ValueError, match=r"outs\[0\] must be contiguous, got shape \(6, 4\) with strides"):
+        check([x.view(6, 4)], [x.T])
     with pytest.raises(ValueError, match="streams must hold one number for each of 2 tensors, got 1"):
         table.build_table("write", [[x, x]], [0])

@@ -74,6 +74,16 @@ def test_stochastic_rounding_has_the_bits_of_the_formula(size, seed, stream, ste
     assert torch.equal(param[:3].nan_to_num(7.0), expected[:3].nan_to_num(7.0))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, in the interpreter
+@pytest.mark.parametrize("seed", [None, 0])
+def test_rounding_keeps_every_nan(seed):
+    """Also one of all ones, whose bits would carry over into zero."""
+    update = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32).to(DEVICE)
+    param = torch.zeros(3, dtype=torch.bfloat16, device=DEVICE)
+    write_(write_table([param], [update], streams=[0]), scalars(), rounding_seed=seed)
+    assert param.isnan().all()
+
+
 def test_stochastic_rounding_is_unbiased():
     """1 + x / 128 with x in (0, 1): up with probability x, to 5 standard deviations of 20,000 draws."""
     share, size = torch.tensor([0.1, 0.5, 0.9]), 20_000

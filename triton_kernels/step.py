@@ -33,18 +33,17 @@ from . import launch
 from .table import (
     BLOCK,
     NUM_WARPS,
-    SCALARS,
     STATE_DTYPES,
     TensorTable,
     build_table,
     check_beside,
     check_launch,
+    check_lists,
     every_element,
     find_operand,
     find_tensor,
     given_lists,
     is_usable,
-    named_rows,
 )
 
 MAX_ROTATED_GRAD = 1e18
@@ -234,8 +233,7 @@ def moments_table(
     """
     secant = given_lists(displacements=displacements, disp_sqs=disp_sqs, crosses=crosses)
     lists = [("grads", grads), ("mean_grads", mean_grads), ("grad_sqs", grad_sqs), *secant]
-    for named in named_rows(lists):
-        launch.check_tensors(named, STATE_DTYPES, _TORCH_MOMENTS)
+    check_lists(lists, [STATE_DTYPES] * len(lists), _TORCH_MOMENTS)
     return build_table("moments", [tensors for _, tensors in lists])
 
 
@@ -301,8 +299,7 @@ def direction_table(
         raise ValueError("displacements need disp_sqs and crosses too, got None")
     advanced = [("displacements", displacements)] if displacements is not None else []
     lists = [("outs", outs), ("mean_grads", mean_grads), ("grad_sqs", grad_sqs), *secant, *advanced]
-    for named in named_rows(lists):
-        launch.check_tensors(named, STATE_DTYPES, _TORCH_DIRECTION)
+    check_lists(lists, [STATE_DTYPES] * len(lists), _TORCH_DIRECTION)
     return build_table("direction", [tensors for _, tensors in lists])
 
 
@@ -356,40 +353,3 @@ def direction_(
                 float(max_update), SECANT=secant, ADVANCE=advance, ALIGNED=table.aligned, BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
             )  # fmt: skip
-
-
-def pack_scalars(
-    *,
-    mean_weight: float | Tensor,
-    grad_weight: float | Tensor,
-    pair_weight: float | Tensor,
-    step: float | Tensor,
-    lr: float | Tensor,
-    device: torch.device,
-) -> Tensor:
-    """Transitional: one row of ``scalars``, usable."""
-    values = (mean_weight, grad_weight, pair_weight, step, lr, 1.0)
-    parts = [
-        value.to(device, torch.float32) if isinstance(value, Tensor) else torch.full((), value, device=device)
-        for value in values
-    ]
-    return torch.stack([part.float() for part in parts]).view(1, len(SCALARS))
-
-
-def fused_moments_(grad: Tensor, mean_grad: Tensor, grad_sq: Tensor, scalars: Tensor, *,
-                   displacement: Tensor | None = None, disp_sq: Tensor | None = None,
-                   cross: Tensor | None = None) -> Tensor | None:  # fmt: skip
-    """Transitional: ``moments_`` of one tensor."""
-    secant = {"displacements": displacement, "disp_sqs": disp_sq, "crosses": cross}
-    lists = {name: [tensor] for name, tensor in secant.items() if tensor is not None}
-    return moments_(moments_table([grad], [mean_grad], [grad_sq], **lists), scalars)
-
-
-def fused_direction_(out: Tensor, mean_grad: Tensor, grad_sq: Tensor, scalars: Tensor, *, eps: float,
-                     max_update: float, beta2: float | None = None, disp_sq: Tensor | None = None,
-                     cross: Tensor | None = None, sums: Tensor | None = None) -> None:  # fmt: skip
-    """Transitional: ``direction_`` of one tensor."""
-    lists = {name: [tensor] for name, tensor in {"disp_sqs": disp_sq, "crosses": cross}.items() if tensor is not None}
-    table = direction_table([out], [mean_grad], [grad_sq], **lists)
-    total = sums.view(1, 2) if sums is not None else None
-    direction_(table, scalars, eps=eps, max_update=max_update, beta2=beta2, sums=total)

@@ -135,28 +135,33 @@ def build_table(kind: str, operands: Sequence[Sequence[Tensor]], streams: Sequen
     )
 
 
-def named_rows(lists: Sequence[tuple[str, Sequence[Tensor]]]) -> list[list[tuple[str, Tensor]]]:
-    """The i-th tensors of all lists, named, after checking that they are of one shape and all on one device.
+def check_lists(
+    lists: Sequence[tuple[str, Sequence[Tensor]]], dtypes: Sequence[frozenset[torch.dtype]], function: str
+) -> None:
+    """Checks the operands of a table; ``dtypes`` allows some for each list, ``function`` is the torch equivalent.
 
     Raises:
-        ValueError: if a list is empty, of another length than the first, or shapes or devices differ.
+        TypeError: if a dtype is not allowed.
+        ValueError: if a list is empty, of another length than the first, or its i-th tensor of another shape; if
+            a tensor is not on the device of the first, not where kernels can run, or not contiguous.
     """
-    (name, first), *others = lists
+    name, first = lists[0]
     if not first:
         raise ValueError(f"{name} must hold at least one tensor, got none")
-    for other, tensors in others:
+    device = first[0].device
+    for (other, tensors), allowed in zip(lists, dtypes, strict=True):
         if len(tensors) != len(first):
             raise ValueError(f"{other} must hold {len(first)} tensors like {name}, got {len(tensors)}")
-    for i, tensor in enumerate(first):
-        if tensor.device != first[0].device:
-            raise ValueError(f"{name}[{i}] must be on {first[0].device} like {name}[0], got {tensor.device}")
-        for other, tensors in others:
-            if tensors[i].shape != tensor.shape:
+        for i, (tensor, like) in enumerate(zip(tensors, first, strict=True)):
+            if tensor.shape != like.shape:
                 raise ValueError(
-                    f"{other}[{i}] must have shape {tuple(tensor.shape)} like {name}[{i}], "
-                    f"got {tuple(tensors[i].shape)}"
+                    f"{other}[{i}] must have shape {tuple(like.shape)} like {name}[{i}], got {tuple(tensor.shape)}"
                 )
-    return [[(f"{label}[{i}]", tensors[i]) for label, tensors in lists] for i in range(len(first))]
+            # Lists are long and checked in every step: names are made only for what fails.
+            if tensor.dtype not in allowed or tensor.device != device or not tensor.is_contiguous():
+                launch.check_tensors([(f"{other}[{i}]", tensor)], allowed, function)
+                raise ValueError(f"{other}[{i}] must be on {device} like {name}[0], got {tensor.device}")
+    launch.check_tensors([(f"{name}[0]", first[0])], dtypes[0], function)
 
 
 def given_lists(**lists: Any) -> list[tuple[str, Any]]:

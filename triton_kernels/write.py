@@ -37,11 +37,11 @@ from .table import (
     TensorTable,
     build_table,
     check_launch,
+    check_lists,
     every_element,
     find_operand,
     find_tensor,
     is_usable,
-    named_rows,
 )
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -132,12 +132,12 @@ def write_table(
             tensors under Triton's interpreter, which sees copies of them.
     """
     lists = [("params", params), ("updates", updates), *([("written", written)] if written is not None else [])]
-    for named in named_rows(lists):
-        (name, param), *tensors = named
-        launch.check_tensors(named, launch.INPUT_DTYPES, _TORCH_WRITE)
-        launch.check_tensors(tensors, STATE_DTYPES, _TORCH_WRITE)
+    check_lists(lists, [launch.INPUT_DTYPES, *[STATE_DTYPES] * (len(lists) - 1)], _TORCH_WRITE)
+    for i, param in enumerate(params):
         if param.dtype != params[0].dtype:
-            raise ValueError(f"{name} must be {params[0].dtype} like params[0], got {param.dtype}; make two tables")
+            raise ValueError(
+                f"params[{i}] must be {params[0].dtype} like params[0], got {param.dtype}; make two tables"
+            )
     return build_table("write", [tensors for _, tensors in lists], streams)
 
 

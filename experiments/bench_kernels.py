@@ -14,6 +14,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -49,8 +50,12 @@ CPU_SHAPES = ((16, 12),)
 # A ResNet block's worth of tensors of very different sizes, for the list forms.
 GPU_LIST = ((512, 4608), (256, 2304), (128, 1152), (64, 576), (1000, 512), *[(n,) for n in (512, 256, 128, 64) * 8])
 CPU_LIST = ((20, 30), (30,), (7,))
+# Lengths of axes refitted together: those of four layers of GPT-2 that fit on chip, and those that do not.
+GPU_PACKS = ((768,) * 20, (3072, 2304) * 4, (50304,))
+CPU_PACKS = ((16, 12, 5),)
+REFIT_STEPS = 4
+SKETCH_COLUMNS = 8
 Row = dict[str, object]
-SCALARS = {"mean_weight": 0.1, "grad_weight": 0.01, "pair_weight": 0.01, "step": 100, "lr": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +110,40 @@ def rotation_cases(shape: tuple[int, int], device: torch.device) -> Iterator[Cas
 
 
 def step_cases(shapes: Sequence[tuple[int, ...]], device: torch.device) -> Iterator[Case]:
-    """The step kernels: on one tensor, or in the list form where there are several shapes."""
+    """The step kernels on a list of tensors, all usable."""
     for secant in (False, True):
         yield from _moments_and_direction(shapes, device, secant)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, seed in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 0)):
         for track in (False, True):
-            yield _write(shapes, device, dtype, track)
+            yield _write(shapes, device, dtype, track, seed)
+
+
+def refit_case(lengths: Sequence[int], device: torch.device) -> Case:
+    """A refit of a pack of axes; the bytes are those of one read and one write of everything."""
+    from butterfly_opt import refit, rotation
+    from butterfly_opt.triton_kernels.refit import fits_on_chip, refit_sketch_
+
+    packing = refit.pack_axes(lengths)
+    sketch = torch.randn(packing.total, SKETCH_COLUMNS, device=device)
+    parts = [torch.zeros(rotation.angles_shape(n, depth=2), device=device) for n in lengths]
+    state = refit.AngleState(*(refit.pack_angles(packing, parts) for _ in range(3)))
+    owned = refit.pack_angles(packing, [torch.ones_like(part) for part in parts])
+    options: dict[str, Any] = {
+        "steps": REFIT_STEPS,
+        "refit_lr": 0.0,
+        "taken": torch.zeros((), device=device),
+        "owned": owned,
+    }
+    work = sketch.numel() * packing.stages * 2
+    return Case(
+        "refit",
+        _pack_text(lengths),
+        f"{'on chip' if fits_on_chip(packing.stages, SKETCH_COLUMNS) else 'passes'} depth 2 steps {REFIT_STEPS}",
+        bytes=8 * sketch.numel() + 28 * state.angles.numel(),
+        flops=(3 * (REFIT_STEPS + 1) + 8 * REFIT_STEPS) * work,
+        fused=functools.partial(refit_sketch_, sketch, *state, **options),
+        plain=functools.partial(refit.refit_sketch_, sketch, state, **options),
+    )
 
 
 def all_cases(device: torch.device) -> Iterator[Case]:
@@ -120,25 +153,38 @@ def all_cases(device: torch.device) -> Iterator[Case]:
         yield from rotation_cases(shape, device)
         yield from step_cases([shape], device)
     yield from step_cases(GPU_LIST if gpu else CPU_LIST, device)
+    for lengths in GPU_PACKS if gpu else CPU_PACKS:
+        yield refit_case(lengths, device)
+
+
+def _rows(count: int, device: torch.device) -> torch.Tensor:
+    """Scalars of a late step with a learning rate of 0, so that repeated steps change nothing."""
+    return torch.tensor([[0.1, 0.01, 0.01, 100, 0.0, 1]] * count, device=device)
 
 
 def _moments_and_direction(shapes: Sequence[tuple[int, ...]], device: torch.device, secant: bool) -> Iterator[Case]:
     from butterfly_opt.diagonal import regress
-    from butterfly_opt.estimate import update_moments_
     from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
     from butterfly_opt.triton_kernels import step
 
     names = ["grad", "mean_grad", "grad_sq", *(["displacement", "disp_sq", "cross"] if secant else [])]
     states = [{name: torch.rand(shape, device=device) for name in names} for shape in shapes]
-    outs = [torch.empty_like(state["grad"]) for state in states]
-    scalars = step.pack_scalars(**SCALARS, device=device)
-    numbers = {"eps": 1e-8, "max_update": 3.0, "beta2": 0.99}
+    column = {name: [state[name] for state in states] for name in names}
+    outs = [torch.empty_like(grad) for grad in column["grad"]]
+    scalars = _rows(len(shapes), device)
     sums = torch.ones(len(shapes), 2, device=device) if secant else None
+    lists = {f"{name}es" if name == "cross" else f"{name}s": column[name] for name in names[3:]}
+    of_moments = step.moments_table(column["grad"], column["mean_grad"], column["grad_sq"], **lists)
+    of_direction = step.direction_table(outs, column["mean_grad"], column["grad_sq"], **lists)
 
     def plain_moments() -> None:
         for state in states:
             u = update_mean_grad_(state["mean_grad"], state["grad"].clamp(-1e18, 1e18), 0.1)
-            update_moments_(state, u, state.get("displacement"), weight=0.01, pair_weight=0.01)
+            state["grad_sq"].mul_(0.99).addcmul_(u, u, value=0.01)
+            if secant:
+                w = state["displacement"]
+                state["disp_sq"].mul_(0.99).addcmul_(w, w, value=0.01)
+                state["cross"].mul_(0.99).addcmul_(u, w, value=0.01)
 
     def plain_direction() -> None:
         for state in states:
@@ -149,53 +195,26 @@ def _moments_and_direction(shapes: Sequence[tuple[int, ...]], device: torch.devi
             if secant:
                 advance_displacement_(state["displacement"], update, 0.1)
 
-    column = {name: [state[name] for state in states] for name in names}
-    fused_moments: Callable[[], object]
-    fused_direction: Callable[[], object]
-    if len(shapes) == 1:
-        kept = {name: states[0][name] for name in names[3:]}
-        total = {"sums": sums[0], **kept} if sums is not None else {}
-        first = states[0]
-
-        def fused_moments() -> None:
-            partial = step.fused_moments_(first["grad"], first["mean_grad"], first["grad_sq"], scalars, **kept)
-            if partial is not None:
-                partial.sum(0)
-
-        def fused_direction() -> None:
-            step.fused_direction_(outs[0], first["mean_grad"], first["grad_sq"], scalars, **numbers, **total)
-    else:
-        lists = {f"{name}es" if name == "cross" else f"{name}s": column[name] for name in names[3:]}
-        of_moments = step.moments_table(column["grad"], column["mean_grad"], column["grad_sq"], **lists)
-        of_direction = step.direction_table(outs, column["mean_grad"], column["grad_sq"], **lists)
-
-        def fused_moments() -> None:
-            step.fused_moments_many_(of_moments, scalars)
-
-        def fused_direction() -> None:
-            step.fused_direction_many_(of_direction, scalars, **numbers, sums=sums)
-
     size = sum(out.numel() for out in outs)
     label, diagonal = _text(*shapes), "secant" if secant else "innovation"
-    yield Case("moments", label, diagonal, (44 if secant else 24) * size, (14 if secant else 8) * size,
-               fused_moments, plain_moments)  # fmt: skip
-    yield Case("direction", label, diagonal, (28 if secant else 12) * size, (35 if secant else 6) * size,
-               fused_direction, plain_direction)  # fmt: skip
+    yield Case("moments", label, diagonal, step.MOMENTS_BYTES[diagonal] * size, (14 if secant else 8) * size,
+               functools.partial(step.moments_, of_moments, scalars), plain_moments)  # fmt: skip
+    advancing = "secant advancing" if secant else "innovation"
+    fused = functools.partial(step.direction_, of_direction, scalars, eps=1e-8, max_update=3.0, beta2=0.99, sums=sums)
+    yield Case("direction", label, advancing, step.DIRECTION_BYTES[advancing] * size, (35 if secant else 6) * size,
+               fused, plain_direction)  # fmt: skip
 
 
-def _write(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype, track: bool) -> Case:
-    from butterfly_opt.triton_kernels import step
+def _write(
+    shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype, track: bool, seed: int | None
+) -> Case:
+    from butterfly_opt.triton_kernels import write
 
     params = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     updates = [torch.zeros(shape, device=device) for shape in shapes]
     written = [torch.empty_like(update) for update in updates] if track else None
-    table = step.write_table(params, updates, written=written)
-
-    def fused() -> None:
-        if len(params) == 1:
-            step.fused_write_(params[0], updates[0], written=written[0] if written is not None else None)
-        else:
-            step.fused_write_many_(table)
+    table = write.write_table(params, updates, written=written, streams=range(len(params)))
+    scalars = _rows(len(shapes), device)
 
     def plain() -> None:
         for param, update in zip(params, updates, strict=True):
@@ -205,15 +224,27 @@ def _write(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch
                 param.float() - before.float()
 
     size = sum(param.numel() for param in params)
-    moved = 2 * params[0].element_size() + 4 + (4 if track else 0)
-    variant = f"{str(dtype).removeprefix('torch.')}{' written' if track else ''}"
-    return Case("write", _text(*shapes), variant, moved * size, (3 if track else 2) * size, fused, plain)
+    moved = write.write_bytes(dtype, track=track)
+    variant = f"{str(dtype).removeprefix('torch.')}{' stochastic' if seed is not None else ''}"
+    return Case(
+        "write",
+        _text(*shapes),
+        variant + (" written" if track else ""),
+        bytes=moved * size,
+        flops=(3 if track else 2) * size,
+        fused=functools.partial(write.write_, table, scalars, rounding_seed=seed),
+        plain=plain if seed is None else None,
+    )
 
 
 def _text(*shapes: tuple[int, ...]) -> str:
     if len(shapes) == 1:
         return "x".join(map(str, shapes[0]))
     return f"{len(shapes)} tensors of {sum(torch.Size(shape).numel() for shape in shapes)}"
+
+
+def _pack_text(lengths: Sequence[int]) -> str:
+    return f"axes {sum(lengths)} in {len(lengths)}"
 
 
 def run_case(case: Case, device: torch.device, *, milliseconds: int, copy: float, peak: float | None) -> Iterator[Row]:
@@ -250,8 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not gpu:
         # Before triton is imported, which the imports inside the functions above do.
         os.environ["TRITON_INTERPRET"] = "1"
-        note(f"no GPU used: shapes {', '.join(_text(shape) for shape in GPU_SHAPES)} and the list of {len(GPU_LIST)} "
-             "tensors are skipped; small ones run in Triton's interpreter, whose times mean nothing")  # fmt: skip
+        note(f"no GPU used: shapes {', '.join(_text(shape) for shape in GPU_SHAPES)}, the list of {len(GPU_LIST)} "
+             f"tensors and the refits of {', '.join(_pack_text(lengths) for lengths in GPU_PACKS)} are "
+             "skipped; small ones run in Triton's interpreter, whose times mean nothing")  # fmt: skip
     copy = copy_bandwidth(device)
     peak, assumed = float32_peak(device)
     note(f"copy {copy / 1e9:.1f} GB/s (read + written); {assumed}")

@@ -15,7 +15,7 @@ from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
 from butterfly_opt.triton_kernels import step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = [1, 2, 5, 127, 1000, 4097]
+SIZES = [1, 2, 3, 5, 31, 64, 100, 127, 1000, 1024, 4097]
 # Relative to the torch path: rounding of a few operations, plus on a GPU fused multiply-adds. Against
 # float64 the regression subtracts quantities of one size, which costs some digits.
 TOLERANCE = {"torch": 1e-6 if DEVICE.type == "cpu" else 2e-5, "float64": 1e-4}

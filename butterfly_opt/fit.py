@@ -36,8 +36,6 @@ RESTART_SPREAD = 0.3
 PRODUCT_COLUMNS = 256
 """Columns in one product when a matrix is read through its products."""
 
-EXACT_EPS = 100
-"""A relative error of this many roundings ends a fit."""
 SYMMETRY_EPS = 1e4
 """A matrix counts as symmetric up to this many roundings of its largest entry."""
 
@@ -365,7 +363,7 @@ class _Descent:
     def _look(self) -> Tensor:
         """Records loss, error and the best angles so far; returns the gradient of the angles."""
         half = self.backend.rotate(self.matrix, self.angles, dim=0, transpose=True)
-        rotated = self.backend.rotate(half, self.angles, dim=1, transpose=True)
+        rotated = self.backend.rotate(half.mT, self.angles, dim=0, transpose=True)
         d = rotated.diagonal().clone()
         rest = rotated - torch.diag(d)
         error = torch.linalg.norm(rest) / self.norm
@@ -383,7 +381,8 @@ class _Descent:
         return 2 * self.backend.angle_gradient(rotated, slope, self.angles, dim=0)
 
     def _at_rest(self, options: FitOptions) -> bool:
-        if self.errors[-1] <= EXACT_EPS * torch.finfo(self.matrix.dtype).eps:
+        # Rounding of the rotations: the relative error cannot be told from zero.
+        if self.errors[-1] <= self.matrix.shape[0] * torch.finfo(self.matrix.dtype).eps:
             return True
         # Means: the first steps of Adam, all of one length, lose a part of a good start and win it back.
         last = self.losses[-options.patience :]

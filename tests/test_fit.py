@@ -191,6 +191,30 @@ def test_seeds_and_restarts():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_steps_shrink_to_zero(covariance):
+    descent = _Descent(covariance[1], "energy", jacobi_start(covariance[1]))
+    seen = []
+
+    def progress(steps):
+        for step in steps:
+            seen.append(descent.angles.clone())
+            yield step
+
+    descent.run(FitOptions(steps=40, lr=0.1, progress=progress))
+    seen.append(descent.angles)
+    moves = [(after - before).abs().max().item() for before, after in itertools.pairwise(seen)]
+    assert moves[0] == pytest.approx(0.1, rel=1e-3)  # Adam's first step has the length of the rate
+    assert moves[-1] < 2 * 0.1 / 40
+
+
+def test_the_best_angles_are_kept():
+    dense = planted(16) + 0.02 * noise(16)
+    fit = fit_symmetric(dense, FitOptions(steps=2, lr=1.0))
+    assert fit.losses[0] < fit.losses[1]
+    assert fit.error == fit.errors[0] == min(fit.errors)
+    torch.testing.assert_close(fit.angles, jacobi_start(dense))
+
+
 def test_a_fit_goes_on_from_given_angles():
     dense = planted(24, depth=2)
     first = fit_symmetric(dense, FitOptions(steps=40))
@@ -298,11 +322,14 @@ def test_few_pairs_are_completed_by_the_prior():
     s = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     fit = fit_inverse([(s, 3 * s)], shrinkage=0.1)
     torch.testing.assert_close(fit.operator.to_dense(), torch.eye(8, dtype=torch.float64) / 3)
-    # Against the normal equations, at n = 1 where the fit is the solution.
-    s, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [9.0]])
-    mean = 20 / 5
-    expected = (20 + 0.5 * 5 * mean) / (5 + 0.5 * 5)
-    assert 1 / fit_inverse([(s, y)], shrinkage=0.5).operator.trace().item() == pytest.approx(expected, rel=1e-5)
+    # Against the normal equations, at n = 2 where every symmetric matrix is fitted exactly.
+    s = torch.randn(5, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = s @ torch.tensor([[3.0, 1.0], [0.5, 2.0]], dtype=torch.float64)
+    weight, mean = 0.5 * s.square().sum() / 2, (s * y).sum() / s.square().sum()
+    eye = torch.eye(2, dtype=torch.float64)
+    hessian = torch.linalg.solve(s.T @ s + weight * eye, s.T @ y + weight * mean * eye)
+    expected = torch.linalg.inv((hessian + hessian.T) / 2)
+    torch.testing.assert_close(fit_inverse([(s, y)], shrinkage=0.5).operator.to_dense(), expected)
 
 
 BROKEN = torch.eye(3).index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(float("nan")))

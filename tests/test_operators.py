@@ -182,6 +182,7 @@ def test_scipy(name, dtype):
         np.testing.assert_allclose(product, dense.numpy() @ x, **tolerance)
     np.testing.assert_allclose(linear @ x[:, 0], dense.numpy() @ x[:, 0], **tolerance)
     np.testing.assert_allclose(linear @ x[:, :1], dense.numpy() @ x[:, :1], **tolerance)
+    np.testing.assert_allclose(linear.T @ x[:, 0], dense.numpy() @ x[:, 0], **tolerance)
     found, info = scipy.sparse.linalg.cg(linear, x[:, 0], rtol=1e-6)
     assert info == 0
     np.testing.assert_allclose(found, np.linalg.solve(dense.numpy(), x[:, 0]), rtol=1e-3, atol=1e-4)

@@ -128,9 +128,19 @@ def _describe(value: Any) -> str:
 def _load_value(kind: Any, value: Any, key: str) -> Any:
     """Checks `value` against one type annotation and returns it, converted where that is exact."""
     if kind is Component:
-        return _load_component(value, key)
+        return load_component(value, key)
     if dataclasses.is_dataclass(kind):
-        return _load_section(typing.cast(type, kind), value, key)
+        return load_section(typing.cast(type, kind), value, key)
+    if typing.get_origin(kind) is dict:
+        item_kind = typing.get_args(kind)[1]
+        return {
+            name: _load_value(item_kind, item, f"{key}.{name}") for name, item in _check_mapping(value, key).items()
+        }
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{key} must be a list, got {_describe(value)}")
+        (item_kind,) = typing.get_args(kind)
+        return [_load_value(item_kind, item, f"{key}[{index}]") for index, item in enumerate(value)]
     if isinstance(kind, types.UnionType):  # the only one: str | None
         return None if value is None else _load_value(str, value, key)
     if typing.get_origin(kind) is Literal:
@@ -159,7 +169,8 @@ def _check_mapping(value: Any, key: str) -> Mapping[str, Any]:
     return value
 
 
-def _load_component(value: Any, key: str) -> Component:
+def load_component(value: Any, key: str) -> Component:
+    """Builds a `Component` from a mapping with a `name`; `key` is its place in the file, for messages."""
     section = _check_mapping(value, key)
     if "name" not in section:
         raise ConfigError(f"missing key '{key}.name'")
@@ -167,7 +178,12 @@ def _load_component(value: Any, key: str) -> Component:
     return Component(_load_value(str, section["name"], f"{key}.name"), keywords)
 
 
-def _load_section(section_type: type, value: Any, key: str) -> Any:
+def load_section(section_type: type, value: Any, key: str) -> Any:
+    """Builds the dataclass `section_type` from a mapping; `key` is its place in the file, for messages.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a wrong type.
+    """
     section = _check_mapping(value, key)
     prefix = f"{key}." if key else ""
     hints = typing.get_type_hints(section_type)
@@ -175,7 +191,8 @@ def _load_section(section_type: type, value: Any, key: str) -> Any:
         if name not in hints:
             raise ConfigError(f"unknown key '{prefix}{name}'{near_matches(name, hints)}")
     for field in dataclasses.fields(section_type):
-        if field.default is dataclasses.MISSING and field.name not in section:
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if is_required and field.name not in section:
             raise ConfigError(f"missing key '{prefix}{field.name}'")
     return section_type(**{name: _load_value(hints[name], item, prefix + name) for name, item in section.items()})
 
@@ -186,7 +203,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: an unknown or missing key, a wrong type, or a value out of bounds.
     """
-    config: Config = _load_section(Config, raw, "")
+    config: Config = load_section(Config, raw, "")
     for key, low in (("steps", 1), ("batch_size", 1), ("eval_every", 1), ("checkpoint_every", 1), ("seed", 0)):
         value = getattr(config, key)
         if not low <= value < 2**63:

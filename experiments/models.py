@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from experiments.config import Component, ConfigError, near_matches
+from experiments.sequence_models import VisionTransformer
 
 ImageShape = tuple[int, int, int]
 
@@ -68,24 +69,34 @@ def resnet18(shape: ImageShape, num_classes: int) -> nn.Module:
     return model
 
 
+def vit(
+    shape: ImageShape, num_classes: int, *, patch: int = 4, width: int = 192, layers: int = 12, heads: int = 3
+) -> nn.Module:
+    """Vision transformer; the defaults are ViT-Tiny with 4x4 patches, for 32x32 images."""
+    if shape[1] % patch or shape[2] % patch:
+        raise ConfigError(f"model.patch ({patch}) must divide the image size {shape[1]}x{shape[2]}")
+    return VisionTransformer(shape, num_classes, patch=patch, width=width, layers=layers, heads=heads)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "autoencoder": autoencoder,
     "cnn": cnn,
     "resnet18": resnet18,
+    "vit": vit,
 }
 RECONSTRUCTION_MODELS = frozenset({"autoencoder"})
 
 
-def check_model(config: Component) -> None:
+def check_model(config: Component, models: Mapping[str, Callable[..., nn.Module]] = MODELS) -> None:
     """Checks the name and the keyword names before any data are loaded.
 
     Raises:
         ConfigError: unknown model or keyword.
     """
-    if config.name not in MODELS:
-        raise ConfigError(f"unknown model '{config.name}' (model.name){near_matches(config.name, MODELS)}")
-    parameters = inspect.signature(MODELS[config.name]).parameters.values()
+    if config.name not in models:
+        raise ConfigError(f"unknown model '{config.name}' (model.name){near_matches(config.name, models)}")
+    parameters = inspect.signature(models[config.name]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for key in config.keywords:
         if key not in known:

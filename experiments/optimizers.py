@@ -19,11 +19,18 @@ from experiments.config import Component, ConfigError, ScheduleConfig, near_matc
 _PACKAGES = ("butterfly_opt", "torch.optim", "pytorch_optimizer")
 
 
+class MissingPackageError(ConfigError):
+    """The optimizer's package, or one that it cannot do without, is not installed."""
+
+
 def _classes(package: str) -> dict[str, type[Optimizer]]:
     try:
         module = importlib.import_module(package)
     except ImportError as error:
-        raise ConfigError(f"{package} does not import, so its optimizers cannot be used: {error}") from error
+        # Installed but broken is a mistake to see, not a package to do without.
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        kind = MissingPackageError if is_missing else ConfigError
+        raise kind(f"{package} does not import, so its optimizers cannot be used: {error}") from error
     members = ((name, getattr(module, name, None)) for name in dir(module))
     return {
         name: member
@@ -43,6 +50,9 @@ def _find_class(name: str) -> tuple[str, type[Optimizer]]:
     if bare not in known:
         names = [*known, "Butterfly"] if package == "torch.optim" else list(known)
         raise ConfigError(f"unknown optimizer '{name}' (optimizer.name){near_matches(bare, names)}")
+    if known[bare].__name__ == "Kron" and not torch.backends.opt_einsum.is_available():
+        # torch.einsum then contracts its five factors from left to right: m^2 n^2 numbers for an m x n matrix.
+        raise MissingPackageError("pytorch_optimizer.Kron needs opt_einsum, which is not installed")
     return f"{package}.{bare}", known[bare]
 
 
@@ -87,6 +97,25 @@ def build_optimizer(config: Component, parameters: Iterable[nn.Parameter]) -> Op
     except Exception as error:  # whatever a third-party constructor raises is about these keywords
         raise ConfigError(f"{full_name} refuses its keywords {keywords}: {error}") from error
     return optimizer
+
+
+def build_optimizers(config: Component, model: nn.Module) -> list[Optimizer]:
+    """The optimizers that together train the model: one, except for `Muon`.
+
+    `torch.optim.Muon` takes matrices only: embeddings and what is no matrix get Adam with the same learning rate.
+
+    Raises:
+        ConfigError: as `build_optimizer`.
+    """
+    if config.name not in ("Muon", "torch.optim.Muon"):
+        return [build_optimizer(config, model.parameters())]
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    parameters = list(model.parameters())
+    matrices = [item for item in parameters if item.ndim == 2 and item not in embeddings]
+    others = [item for item in parameters if item.ndim != 2 or item in embeddings]
+    adam = Component("Adam", {"lr": config.keywords["lr"]} if "lr" in config.keywords else {})
+    groups = [(config, matrices), (adam, others)]
+    return [build_optimizer(component, members) for component, members in groups if members]
 
 
 def check_optimizer(config: Component) -> None:

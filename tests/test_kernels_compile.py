@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 KERNELS = {"_rotate_kernel", "_gradient_kernel", "_refit_kernel", "_angles_kernel", "_moments_kernel",
-           "_sum_partials_kernel", "_direction_kernel", "_write_kernel"}  # fmt: skip
+           "_sum_partials_kernel", "_direction_kernel", "_write_kernel", "_product_kernel"}  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -33,7 +33,7 @@ def compile_all() -> set[str]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from butterfly_opt.triton_kernels import launch, refit, rotate, step, write
+    from butterfly_opt.triton_kernels import launch, refit, rotate, sketch, step, write
 
     class Driver:
         """What a compilation asks of the driver of a GPU."""
@@ -60,11 +60,13 @@ def compile_all() -> set[str]:
             rotate.rotate_columns(columns, cos, cos)
             rotate.rotate_columns(columns, cos, cos, transpose=True, max_tile=32)
         rotate.angle_gradient(x, x.bfloat16(), cos, cos, max_tile=32)
-    sketch, angles = torch.zeros(20, 8), torch.zeros(2, 5, 10)
+    columns, angles = torch.zeros(20, 8), torch.zeros(2, 5, 10)
     for refit.MAX_WINDOW in (8192, 16):
         for taken, owned in ((torch.tensor(0.0), None), (angles, angles)):
             options = {"steps": 1, "refit_lr": 0.1, "taken": taken, "owned": owned, "max_tile": 128}
-            refit.refit_sketch_(sketch, angles, angles, angles, **options)
+            refit.refit_sketch_(columns, angles, angles, angles, **options)
+    for shape in ((1, 1, 20, 9), (2, 9, 20, 1), (1, 3, 20, 16)):
+        sketch.sketch_product(torch.zeros(shape), torch.zeros(shape[0], shape[1] * shape[3], 8))
     x, scalars = [torch.zeros(5000)], torch.zeros(1, 6)
     sums = torch.zeros(1, 2)
     numbers = {"eps": 1e-8, "max_update": 3.0}

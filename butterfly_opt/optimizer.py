@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from butterfly_opt.angle_basis import AngleBasis
 from butterfly_opt.backend import Backend, choose_backend
 from butterfly_opt.basis import Basis
 from butterfly_opt.batch import Batch, make_batches, move_averages_, take_steps
@@ -326,7 +327,8 @@ class Butterfly(Optimizer):
                 state = self.state.get(layout.owner, {})
                 if wanted and "signature" in state:
                     tensor = TensorStep(layout, state, cast(Options, group), 0)
-                    parts.append((layout.params, RotatedDiagonal(self._basis([tensor]), diagonal(tensor))))
+                    basis = AngleBasis(layout.shape, rotated_axes(layout, state), self._backend(tensor))
+                    parts.append((layout.params, RotatedDiagonal(basis, diagonal(tensor))))
         if not isinstance(target, Tensor):
             return DirectSum(parts)
         if not parts:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from butterfly_opt.angle_basis import AngleBasis
 from butterfly_opt.backend import TORCH
 from butterfly_opt.basis import Basis
 from butterfly_opt.diagonal import regress
@@ -66,4 +67,5 @@ class SecantEstimate:
         """``Q diag(1 / (sqrt(h^2 + nu2 / tau2) + damping)) Q^T``, parameter units squared by loss units."""
         state = self.state
         found = regress(state["grad_sq"], state["disp_sq"], state["cross"], beta2=self.beta2)
-        return RotatedDiagonal(self._basis, 1 / (found.energy.sqrt() / found.tau + damping))
+        basis = AngleBasis(self._layout.shape, rotated_axes(self._layout, self.state))
+        return RotatedDiagonal(basis, 1 / (found.energy.sqrt() / found.tau + damping))

@@ -4,6 +4,7 @@ Every import statement counts, also inside functions and under ``if TYPE_CHECKIN
 """
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,11 +72,22 @@ def test_kernels_import_torch_and_triton_only() -> None:
         assert roots <= allowed, f"{file.name} imports {sorted(roots - allowed)}"
 
 
+OPTIONAL = {"operators.py": {"scipy"}, "mixture.py": {"sklearn"}}
+"""What a module may import beside torch and numpy: an export, an interface; never on ``import butterfly_opt``."""
+
+
 def test_the_package_imports_torch_and_numpy_only() -> None:
     allowed = {"torch", "numpy", "butterfly_opt", *sys.stdlib_module_names}
     for file in sources("butterfly_opt"):
-        roots = {name.split(".")[0] for name in imported(file)}
+        roots = {name.split(".")[0] for name in imported(file)} - OPTIONAL.get(file.name, set())
         assert roots <= allowed, f"{file.name} imports {sorted(roots - allowed)}"
+
+
+def test_optional_packages_are_not_imported_with_the_package() -> None:
+    script = "import sys, butterfly_opt; print({'scipy', 'sklearn'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "scipy" not in found.stdout
+    assert "sklearn" not in found.stdout
 
 
 def test_only_the_backend_imports_the_kernels() -> None:

@@ -23,7 +23,7 @@ def test_noise_alone_looks_like_curvature_and_the_correction_removes_it():
     found = regress(state["grad_sq"], state["disp_sq"], state["cross"], beta2=BETA2)
     gain = LR / found.energy.sqrt()
     biased = (found.slope / found.tau * gain).median().item()
-    corrected = (gain / optimizer.inverse_hessian(param, corrected=True).diagonal).median().item()
+    corrected = (gain / optimizer.inverse_hessian(param, corrected=True).d).median().item()
     print(f"h c = {biased:.4f}, corrected {corrected:.4f}")
     assert 0.095 < biased < 0.115
     assert corrected < 0.015

@@ -53,14 +53,19 @@ class Spread(NamedTuple):
         return f"{show(self.median)} [{show(self.low)}, {show(self.high)}]"
 
 
-def first_crossing(result: Result, level: float, window: int) -> tuple[float, float]:
-    """Gradient evaluations and seconds until the smoothed loss is first at or below `level`; infinite if never."""
-    for loss, count, seconds in zip(
-        smooth(result.losses, result.evaluations, window), result.evaluations, result.seconds, strict=True
-    ):
-        if loss <= level:
-            return count, seconds
-    return math.inf, math.inf
+def time_to_level(result: Result, level: float, window: int) -> tuple[float, float]:
+    """Gradient evaluations and seconds from which on the smoothed loss stays at or below `level`.
+
+    Infinite if it ends above, or diverged. Not the first crossing, which noise makes early: a run's time to its own
+    final loss could be half of its steps.
+    """
+    curve = smooth(result.losses, result.evaluations, window)
+    first = len(curve)
+    while first > 0 and curve[first - 1] <= level:
+        first -= 1
+    if result.status != "ok" or first == len(curve):
+        return math.inf, math.inf
+    return result.evaluations[first], result.seconds[first]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +155,10 @@ class Report:
         results = self.results(task, adam) if adam is not None else {}
         return {seed: result.final_loss for seed, (_, result) in results.items() if result.status == "ok"}
 
-    def crossing(self, run: Run, result: Result) -> tuple[float, float]:
+    def time_to_adam(self, run: Run, result: Result) -> tuple[float, float]:
         """Evaluations and seconds of a run to Adam's loss with the same seed; infinite if never or not known."""
         level = self._levels[run.task].get(run.seed)
-        return first_crossing(result, level, run.window) if level is not None else (math.inf, math.inf)
+        return time_to_level(result, level, run.window) if level is not None else (math.inf, math.inf)
 
     def _summarise(self, task: str, optimizer: str) -> Summary | None:
         pairs = self.results(task, optimizer)
@@ -163,14 +168,14 @@ class Report:
         final = Spread.of(result.final_loss for _, result in pairs.values())
         adam = self.adam(task)
         adam_seconds = {
-            seed: self.crossing(run, result)[1]
+            seed: self.time_to_adam(run, result)[1]
             for seed, (run, result) in (self.results(task, adam) if adam is not None else {}).items()
         }
-        full = {seed: self.crossing(run, result) for seed, (run, result) in pairs.items()}
+        full = {seed: self.time_to_adam(run, result) for seed, (run, result) in pairs.items()}
         reached = dict(full)
         for fraction in self.suite.fractions:
             for seed, (run, result) in self.results(task, optimizer, fraction=fraction).items():
-                steps, seconds = self.crossing(run, result)
+                steps, seconds = self.time_to_adam(run, result)
                 best = reached.get(seed, (math.inf, math.inf))
                 reached[seed] = min(steps, best[0]), min(seconds, best[1])
         total = self.suite.tasks[task].steps
@@ -221,7 +226,7 @@ def write_csv(report: Report, path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for run, roles, result in report.runs.values():
-            steps, seconds = report.crossing(run, result)
+            steps, seconds = report.time_to_adam(run, result)
             evaluations, duration = (result.evaluations[-1], result.seconds[-1]) if result.losses else (0, 0.0)
             writer.writerow(
                 (
@@ -242,7 +247,7 @@ def _task_lines(report: Report, task: str) -> list[str]:
     summaries = [summary for summary in report.summaries if summary.task == task]
     adam = report.adam(task)
     if not summaries:
-        return [f"## {task}", "", "No finished runs.", ""]
+        return _lost_lines(report, task)
     header = [
         "optimizer", "best lr", "final train loss", summaries[0].metric_name, "steps to Adam's loss, full length",
         "steps to Adam's loss, any length", "seconds to Adam's loss", "over Adam's", "ms per step, median (mean)",

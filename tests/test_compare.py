@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from experiments.config import Component, ConfigError, DatasetConfig
 from experiments.data import Dataset, Split
 from experiments.measure import Result, Store, measure, smooth, take_step
 from experiments.problems import Poisson, build_problem
-from experiments.report import COLUMNS, Report, Spread, first_crossing, format_report
+from experiments.report import COLUMNS, Report, Spread, format_report, time_to_level
 from experiments.sequence_models import Transformer
 from experiments.suite import LrGrid, Run, Suite, build_run, load_suite, plan, search_rates
 
@@ -291,9 +292,10 @@ def test_smoothing_and_crossing() -> None:
     # A huge loss leaves no rounding error behind.
     assert smooth([1e30, 1.0, 1.0], [1, 2, 3], 1) == [1e30, 1.0, 1.0]
     result = Result("ok", 5.0, None, "m", losses, [1, 2, 3, 4, 5, 6], [0.5, 1, 1.5, 2, 2.5, 3], 500.0, 0, 1)
-    assert first_crossing(result, 6.0, 3) == (4, 2)
-    assert first_crossing(result, 9.5, 3) == (2, 1)
-    assert first_crossing(result, 3.9, 3) == (math.inf, math.inf)
+    assert time_to_level(result, 6.0, 3) == (4, 2)
+    assert time_to_level(result, 9.5, 3) == (2, 1)
+    assert time_to_level(result, 4.5, 3) == (math.inf, math.inf)  # crossed at 5, but not to stay
+    assert time_to_level(dataclasses.replace(result, status="diverged"), 9.5, 3) == (math.inf, math.inf)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""butterfly_opt.fit. Oracles: planted eigenbases, dense float64 linear algebra, autograd, scikit-learn."""
+"""Offline fits and their descent. Oracles: planted eigenbases, dense float64 linear algebra, autograd, scikit-learn."""
 
 import itertools
 import math
@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 
 from butterfly_opt.angle_basis import AngleBasis
 from butterfly_opt.autograd import butterfly_rotation
-from butterfly_opt.fit import FitOptions, _Descent, fit_covariance, fit_inverse, fit_symmetric, jacobi_start
+from butterfly_opt.descent import Descent, FitOptions, jacobi_start
+from butterfly_opt.fit import fit_covariance, fit_inverse, fit_symmetric
 from butterfly_opt.operators import RotatedDiagonal
 from butterfly_opt.rotation import angles_shape, dense_rotation, num_stages
 
@@ -120,8 +121,8 @@ def test_gradients_are_those_of_autograd(n, depth, criterion):
     dense = planted(n, depth=2, spectrum=stiff(n).sqrt())
     generator = torch.Generator().manual_seed(0)
     angles = torch.randn(angles_shape(n, depth=depth), generator=generator, dtype=torch.float64)
-    ours = _Descent(dense, criterion, angles)
-    gradient = ours._look()
+    ours = Descent(dense, criterion, angles)
+    gradient = ours.look()
     angles.requires_grad_()
     half = butterfly_rotation(dense, angles, dim=0, transpose=True)
     rotated = butterfly_rotation(half, angles, dim=1, transpose=True)
@@ -192,7 +193,7 @@ def test_seeds_and_restarts():
 
 
 def test_steps_shrink_to_zero(covariance):
-    descent = _Descent(covariance[1], "energy", jacobi_start(covariance[1]))
+    descent = Descent(covariance[1], "energy", jacobi_start(covariance[1]))
     seen = []
 
     def progress(steps):

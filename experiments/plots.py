@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from experiments.measure import Result, smooth
 from experiments.report import Report, Summary
@@ -25,11 +22,16 @@ _AXES: tuple[tuple[str, Callable[[Result], Sequence[float]]], ...] = (
 
 def _style(suite_names: Sequence[str], name: str) -> dict[str, Any]:
     """Colour and line of an optimizer, the same in every figure."""
+    from matplotlib import colormaps  # slow to import, and every worker imports this module
+
     index = suite_names.index(name)
     return {"color": colormaps["tab10"](index % 10), "linestyle": ("-", "--", ":")[index // 10 % 3]}
 
 
-def _new_figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[Any]]:
+def _new_figure(width: float, height: float, panels: int) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, panels, squeeze=False)[0]

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 KERNELS = {"_rotate_kernel", "_gradient_kernel", "_refit_kernel", "_angles_kernel", "_moments_kernel",
-           "_sum_partials_kernel", "_direction_kernel", "_write_kernel", "_product_kernel"}  # fmt: skip
+           "_sum_partials_kernel", "_direction_kernel", "_write_kernel", "_product_kernel",
+           "_fill_kernel"}  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -33,7 +34,7 @@ def compile_all() -> set[str]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from butterfly_opt.triton_kernels import launch, refit, rotate, sketch, step, write
+    from butterfly_opt.triton_kernels import launch, refit, rotate, sketch, step, table, write
 
     class Driver:
         """What a compilation asks of the driver of a GPU."""
@@ -67,6 +68,7 @@ def compile_all() -> set[str]:
             refit.refit_sketch_(columns, angles, angles, angles, **options)
     for shape in ((1, 1, 20, 9), (2, 9, 20, 1), (1, 3, 20, 16)):
         sketch.sketch_product(torch.zeros(shape), torch.zeros(shape[0], shape[1] * shape[3], 8))
+    table._fill(range(10), torch.device("cpu"))
     x, scalars = [torch.zeros(5000)], torch.zeros(1, 6)
     sums = torch.zeros(1, 2)
     numbers = {"eps": 1e-8, "max_update": 3.0}
@@ -74,16 +76,16 @@ def compile_all() -> set[str]:
     step.moments_(step.moments_table(x, x, x, displacements=x, disp_sqs=x, crosses=x), scalars)
     step.direction_(step.direction_table(x, x, x), scalars, **numbers)
     for moved in (None, x):
-        table = step.direction_table(x, x, x, disp_sqs=x, crosses=x, displacements=moved)
-        step.direction_(table, scalars, **numbers, beta2=0.9, sums=sums)
+        directions = step.direction_table(x, x, x, disp_sqs=x, crosses=x, displacements=moved)
+        step.direction_(directions, scalars, **numbers, beta2=0.9, sums=sums)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for tracked in (None, x):
             params = [x[0].to(dtype)]
-            table = write.write_table(params, x, written=tracked, streams=[1 << 31])
-            write.write_(table, scalars, weight_decay=0.1)
+            writes = write.write_table(params, x, written=tracked, streams=[1 << 31])
+            write.write_(writes, scalars, weight_decay=0.1)
             if dtype == torch.bfloat16:
                 for seed in (0, 1, 1 << 32):
-                    write.write_(table, scalars, rounding_seed=seed)
+                    write.write_(writes, scalars, rounding_seed=seed)
     return compiled
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from butterfly_opt.triton_kernels import launch, table
+from butterfly_opt.triton_kernels import launch, table, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -18,6 +18,27 @@ def test_rows_and_owners():
     assert built.rows.tolist() == [row + pair for row, pair in zip(expected, addresses, strict=True)]
     assert built.owners.tolist() == [0, 1, 1, 1, 3]
     assert built.rows.dtype == torch.int64 and built.owners.dtype == torch.int32
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 30])
+def test_numbers_as_arguments_of_kernels(count):
+    """As while a CUDA graph is captured."""
+    numbers = [(-1) ** i * 7**i % (1 << 48) - (i == 3) for i in range(count)]
+    filled = table._fill(numbers, DEVICE)
+    assert filled.dtype == torch.int64 and filled.tolist() == numbers
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
+def test_tables_in_cuda_graphs():
+    params, updates = [torch.zeros(5000, device=DEVICE)], [torch.ones(5000, device=DEVICE)]
+    scalars = torch.tensor([[0.1, 0.1, 0.1, 1, 1, 1.0]], device=DEVICE)
+    write.write_(write.write_table(params, updates), scalars)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        write.write_(write.write_table(params, updates), scalars)
+    for _ in range(2):
+        graph.replay()
+    assert torch.equal(params[0], 3 * updates[0])
 
 
 def test_alignment_is_promised_only_where_it_holds():

@@ -8,6 +8,7 @@ Numbers that change from step to step come from device memory, ``scalars``, floa
 new compilation, no host value, and a captured CUDA graph reads their newest values.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ STATE_DTYPES = frozenset({torch.float32})
 
 _ALIGNMENT = 16
 _WIDTH = tl.constexpr(len(SCALARS))
+_BASE = tl.constexpr(1 << 62)
+"""Added to a number so that its type is int64 whatever its size: one compilation for all."""
 
 
 @triton.jit
@@ -67,6 +70,24 @@ def is_usable(scalars_ptr, BLOCK: tl.constexpr):
     return tl.zeros((BLOCK,), tl.float32) + tl.load(scalars_ptr + 5) != 0
 
 
+@triton.jit
+def _put(out_ptr, count, value, INDEX: tl.constexpr):
+    tl.store(out_ptr + INDEX, value - _BASE, mask=count > INDEX)
+
+
+@triton.jit(do_not_specialize=["count", "a", "b", "c", "d", "e", "f", "g", "h"])
+def _fill_kernel(out_ptr, count, a, b, c, d, e, f, g, h):
+    """Writes up to eight of its own arguments, each given with ``_BASE`` added."""
+    _put(out_ptr, count, a, 0)
+    _put(out_ptr, count, b, 1)
+    _put(out_ptr, count, c, 2)
+    _put(out_ptr, count, d, 3)
+    _put(out_ptr, count, e, 4)
+    _put(out_ptr, count, f, 5)
+    _put(out_ptr, count, g, 6)
+    _put(out_ptr, count, h, 7)
+
+
 @dataclass(frozen=True, eq=False)
 class TensorTable:
     """A list of tensors in the form that one launch reads; made by ``moments_table`` and its likes.
@@ -75,8 +96,11 @@ class TensorTable:
     (state, parameters, buffers for rotated gradients and updates) and use it in every step. A tensor whose
     storage was replaced (``param.data = ...``) is found by ``is_current``; build a new table then.
 
-    Cost: building takes a few microseconds a tensor on the host and one asynchronous copy of
-    ``8 (3 + operands)`` bytes a tensor and 4 bytes a program; ``is_current`` some 0.1 microseconds a tensor.
+    It may be built while a CUDA graph is captured: the graph then holds its numbers, and must not outlive its
+    tensors.
+
+    Cost: building takes a few microseconds a tensor on the host, one asynchronous copy of ``8 (3 + operands)``
+    bytes a tensor and a few small launches; ``is_current`` some 0.1 microseconds a tensor.
 
     Attributes:
         kind: the launch it is for: "moments", "direction" or "write".
@@ -119,17 +143,22 @@ def build_table(kind: str, operands: Sequence[Sequence[Tensor]], streams: Sequen
     if streams is not None and len(streams) != len(operands[0]):
         raise ValueError(f"streams must hold one number for each of {len(operands[0])} tensors, got {len(streams)}")
     addresses = _addresses(operands)
-    sizes = torch.tensor([tensor.numel() for tensor in operands[0]])
-    programs = (sizes + BLOCK - 1) // BLOCK
-    numbers = torch.tensor(streams) if streams is not None else torch.zeros_like(sizes)
-    columns = [sizes, programs.cumsum(0) - programs, numbers, *(torch.tensor(column) for column in addresses)]
-    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), programs)
+    sizes = [tensor.numel() for tensor in operands[0]]
+    programs = [-(-size // BLOCK) for size in sizes]
+    firsts = itertools.accumulate(programs[:-1], initial=0)
+    numbers = zip(sizes, firsts, streams or [0] * len(sizes), *addresses, strict=True)
+    rows = _to_device(list(itertools.chain.from_iterable(numbers)), device).view(len(sizes), -1)
+    owners = torch.repeat_interleave(
+        torch.arange(len(sizes), dtype=torch.int32, device=device),
+        (rows[:, 0] + (BLOCK - 1)) // BLOCK,
+        output_size=sum(programs),
+    )
     return TensorTable(
         kind=kind,
         operands=tuple(tuple(tensors) for tensors in operands),
         streams=tuple(streams) if streams is not None else None,
-        rows=to_device(torch.stack(columns, 1), device),
-        owners=to_device(owners, device),
+        rows=rows,
+        owners=owners,
         addresses=addresses,
         aligned=all(address % _ALIGNMENT == 0 for column in addresses for address in column),
     )
@@ -204,9 +233,23 @@ def check_beside(
         raise ValueError(f"{name} must have shape {shape}, {meaning}, got {tuple(tensor.shape)}")
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a host tensor without waiting for the device."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int64 numbers, without waiting for the device."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _fill(numbers, device)
+    host = torch.tensor(numbers)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _fill(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int64 numbers as arguments of kernels, which a CUDA graph keeps: host memory it would read again later."""
+    filled = torch.empty(len(numbers), dtype=torch.int64, device=device)
+    based = [number + _BASE.value for number in numbers]
+    based += [_BASE.value] * (-len(based) % 8)
+    with launch.on_device(filled):
+        for start in range(0, len(based), 8):
+            _fill_kernel[(1,)](filled[start:], len(numbers) - start, *based[start : start + 8])
+    return filled
 
 
 def _addresses(operands: Sequence[Sequence[Tensor]]) -> tuple[tuple[int, ...], ...]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from butterfly_opt import Butterfly
+from butterfly_opt import Butterfly, update
 from butterfly_opt.backend import choose_backend
 from butterfly_opt.triton_kernels import launch
 
@@ -12,26 +12,47 @@ TOLERANCE = 1e-4
 """Relative difference of the trajectories after 20 steps, as sums are taken in another order."""
 
 
-def trajectory(backend, dtype, monkeypatch, **options):
-    monkeypatch.setattr(launch, "MIN_PROGRAMS", 1)  # the interpreter pays for every program
+def make_network(dtype):
+    """Equal and unequal layers, and a convolution that is not contiguous."""
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.Tanh(), torch.nn.Linear(13, 3)).to(DEVICE, dtype)
-    inputs, targets = torch.randn(100, 7, device=DEVICE, dtype=dtype), torch.randn(100, 3, device=DEVICE, dtype=dtype)
-    optimizer = Butterfly(network.parameters(), lr=1e-2, refit_steps=1, backend=backend, **options)
-    for _ in range(20):
-        optimizer.zero_grad()
-        (network(inputs) - targets).float().square().mean().backward()
+    convolution = torch.nn.Conv2d(2, 3, 2, dtype=dtype).to(memory_format=torch.channels_last)
+    linear = [torch.nn.Linear(4, 4, dtype=dtype) for _ in range(2)]
+    return torch.nn.ModuleList([*linear, torch.nn.Linear(4, 7, dtype=dtype), convolution]).to(DEVICE)
+
+
+def set_grads(params, step):
+    """Noisy gradients of a quadratic, the same for every backend."""
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        noise = torch.randn(param.shape, generator=generator).to(DEVICE)
+        param.grad = (param.detach().float() * 3 + noise).to(param.dtype)
+
+
+def trajectory(backend, dtype, monkeypatch, bad_step=None, **options):
+    monkeypatch.setattr(launch, "MIN_PROGRAMS", 1)  # the interpreter pays for every program
+    monkeypatch.setattr(update, "REFIT_WARMUP", 3)  # and for every refit
+    params = list(make_network(dtype).parameters())
+    optimizer = Butterfly(params, lr=1e-2, backend=backend, **{"refit_every": 7, "depth": 1, **options})
+    for step in range(20):
+        set_grads(params, step)
+        if step == bad_step:
+            params[0].grad[0, 0] = float("nan")
         optimizer.step()
-    return torch.cat([param.detach().float().flatten() for param in network.parameters()])
+    return torch.cat([param.detach().float().flatten() for param in params]).cpu()
 
 
+@pytest.mark.filterwarnings("ignore:1 steps of tensors were skipped")
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        (torch.float32, {}),
+        (torch.float32, {"depth": 2}),
         (torch.float32, {"diagonal": "innovation", "weight_decay": 0.1, "decoupled_weight_decay": True}),
-        (torch.float32, {"structure": "flat", "depth": 1, "block_size": 16}),
+        (torch.float32, {"weight_decay": 0.1, "decoupled_weight_decay": True, "refit_steps": 0}),
+        (torch.float32, {"structure": "flat", "block_size": 16}),
+        (torch.float32, {"capturable": True, "bad_step": 7}),
+        (torch.float32, {"bad_step": 7, "maximize": True, "weight_decay": 0.1}),
     ],
+    ids=["secant", "innovation", "decay", "flat", "capturable", "maximize"],
 )
 def test_trajectories_agree(dtype, options, monkeypatch):
     reference = trajectory("torch", dtype, monkeypatch, **options)
@@ -39,11 +60,34 @@ def test_trajectories_agree(dtype, options, monkeypatch):
     assert (ours - reference).norm() <= TOLERANCE * reference.norm()
 
 
-def test_low_precision_parameters(monkeypatch):
+@pytest.mark.parametrize(
+    "options", [{"diagonal": "innovation"}, {"stochastic_rounding": True}], ids=["nearest", "random"]
+)
+def test_low_precision_parameters(options, monkeypatch):
     """One ulp of bfloat16 may differ where a sum falls on the other side of a rounding boundary."""
-    reference = trajectory("torch", torch.bfloat16, monkeypatch, diagonal="innovation")
-    ours = trajectory("triton", torch.bfloat16, monkeypatch, diagonal="innovation")
+    reference = trajectory("torch", torch.bfloat16, monkeypatch, **options)
+    ours = trajectory("triton", torch.bfloat16, monkeypatch, **options)
     assert (ours - reference).norm() <= 1e-2 * reference.norm()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts launches in the interpreter")
+@pytest.mark.parametrize("refit_steps", [0, 1])
+def test_many_small_tensors_do_not_cost_a_launch_each(refit_steps, monkeypatch):
+    from triton.runtime import interpreter
+
+    launches = []
+    run = interpreter.GridExecutor.__call__
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *a, **k: (launches.append(1), run(*a, **k))[1])
+    counts = []
+    for layers in (2, 6):
+        params = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(layers) for shape in ((4, 3), (4,))]
+        optimizer = Butterfly(params, backend="triton", refit_steps=refit_steps)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        launches.clear()
+        optimizer.step()
+        counts.append(len(launches))
+    assert counts[0] == counts[1] <= 20
 
 
 def test_auto_takes_torch_on_a_cpu():

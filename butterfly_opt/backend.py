@@ -13,6 +13,7 @@ from torch import Tensor
 
 from butterfly_opt import rotation
 from butterfly_opt.blocks import RotationBlocks
+from butterfly_opt.sketch import sketch_product
 
 MAX_DENSE_LENGTH = 256
 """Axes up to this length are rotated by the dense ``Q``: one product, whatever the depth."""
@@ -93,6 +94,10 @@ class Backend:
         """As ``rotation.angle_gradient``."""
         return rotation.angle_gradient(u, grad_u, angles, dim=dim)
 
+    def sketch_product(self, x: Tensor, signs: Tensor, *, dim: int) -> Tensor:
+        """As ``sketch.sketch_product``."""
+        return sketch_product(x, signs, dim=dim)
+
     def fused_averages_(
         self,
         states: Sequence[Mapping[str, Tensor]],
@@ -170,6 +175,13 @@ class TritonBackend(Backend):
         from butterfly_opt.triton_kernels.rotate import angle_gradient
 
         return angle_gradient(_columns(u, angles, dim), _columns(grad_u, angles, dim), angles.cos(), angles.sin())
+
+    def sketch_product(self, x: Tensor, signs: Tensor, *, dim: int) -> Tensor:
+        """As ``sketch.sketch_product``, in one read."""
+        from butterfly_opt.triton_kernels import sketch
+
+        pre, post = x.shape[1:dim].numel(), x.shape[dim + 1 :].numel()
+        return sketch.sketch_product(x.view(len(x), pre, x.shape[dim], post), signs.contiguous())
 
     def fused_averages_(
         self,

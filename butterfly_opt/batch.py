@@ -31,7 +31,7 @@ from butterfly_opt.estimate import (
 )
 from butterfly_opt.options import Options
 from butterfly_opt.pairs import advance_displacement_, average_
-from butterfly_opt.rounding import write_stochastic_
+from butterfly_opt.rounding import round_stochastically
 from butterfly_opt.update import MAX_ROTATED_GRAD, TensorStep
 
 ROUNDING_STREAMS = 1 << 31
@@ -182,9 +182,9 @@ def take_steps(batches: Sequence[Batch], backend: Backend) -> None:
             if backend.has_fused_steps:
                 updates = _take_fused_averages(part, rotated, backend)
             else:
-                updates = [_take_averages(batch, grad) for batch, grad in zip(part, rotated, strict=True)]
+                updates = [take_averages(batch, grad) for batch, grad in zip(part, rotated, strict=True)]
             for batch, delta_grad in zip(part, rotated, strict=True):
-                _take_sketches(batch, delta_grad)
+                _take_sketches(batch, delta_grad, backend)
             changes = [batch.basis.from_rotated(update) for batch, update in zip(part, updates, strict=True)]
             _write(part, changes, backend)
 
@@ -203,7 +203,7 @@ def _chunks(batches: Sequence[Batch], elements: int) -> list[list[Batch]]:
     return chunks
 
 
-def _take_averages(batch: Batch, grad: Tensor) -> Tensor:
+def take_averages(batch: Batch, grad: Tensor) -> Tensor:
     """Averages and direction of a batch: the rotated update. ``grad`` becomes the innovation."""
     scalars, options = batch.scalars, batch.options
     secant = options["diagonal"] == "secant"
@@ -233,7 +233,7 @@ def _take_averages(batch: Batch, grad: Tensor) -> Tensor:
 
 
 def _take_fused_averages(batches: Sequence[Batch], grads: Sequence[Tensor], backend: Backend) -> list[Tensor]:
-    """As ``_take_averages``, of all batches together."""
+    """As ``take_averages``, of all batches together."""
     options = batches[0].options
     updates = [torch.empty_like(grad) for grad in grads]
     backend.fused_averages_(
@@ -246,7 +246,7 @@ def _take_fused_averages(batches: Sequence[Batch], grads: Sequence[Tensor], back
     return updates
 
 
-def _take_sketches(batch: Batch, delta_grad: Tensor) -> None:
+def _take_sketches(batch: Batch, delta_grad: Tensor, backend: Backend) -> None:
     first, scalars = batch.tensors[0], batch.scalars
     grad_sq = batch.stack("grad_sq") if first.layout.rotated else delta_grad
     for axis, dim in enumerate(first.layout.rotated):
@@ -260,6 +260,7 @@ def _take_sketches(batch: Batch, delta_grad: Tensor) -> None:
             stream=2 * first.stream + axis,
             step=scalars.whole_step(0),
             weight=scalars.sketch,
+            backend=backend,
         )
         batch.store(**{f"sketch{axis}": sketch})
 
@@ -290,10 +291,10 @@ def _write(batches: Sequence[Batch], changes: Sequence[Tensor], backend: Backend
                     fused[param.dtype].append(write)
                 elif tracked:
                     before = param.detach().clone()
-                    _write_one(write, options)
+                    write_one(write, options)
                     written[param] = param.to(part.dtype) - before.to(part.dtype)
                 else:
-                    _write_one(write, options)
+                    write_one(write, options)
     for writes in fused.values():
         written |= _write_fused(writes, options, backend, track=tracked)
     if tracked:
@@ -306,16 +307,21 @@ def _write(batches: Sequence[Batch], changes: Sequence[Tensor], backend: Backend
             batch.store(displacement=displacement)
 
 
-def _write_one(write: Write, options: Options) -> None:
+def write_one(write: Write, options: Options) -> None:
+    """``theta <- theta (1 - lr weight_decay) + change``, rounded once."""
     param, change, batch, row, stream = write
-    scalars = batch.scalars
+    keep: Weight = 1.0
     if options["weight_decay"] and options["decoupled_weight_decay"]:
-        keep = 1 - scalars.lr * options["weight_decay"]
-        param.mul_(keep[row].view(()) if isinstance(keep, Tensor) else keep)
+        keep = 1 - batch.scalars.lr * options["weight_decay"]
+        keep = keep[row].view(()) if isinstance(keep, Tensor) else keep
+    if param.dtype == change.dtype:
+        param.mul_(keep).add_(change) if isinstance(keep, Tensor) or keep != 1.0 else param.add_(change)
+        return
+    value = param.to(change.dtype).mul_(keep).add_(change)
     if options["stochastic_rounding"] and param.dtype == torch.bfloat16:
-        write_stochastic_(param, change, seed=options["seed"], stream=stream, step=scalars.whole_step(row))
-    else:
-        param.add_(change)
+        step = batch.scalars.whole_step(row)
+        value = round_stochastically(value, seed=options["seed"], stream=stream, step=step)
+    param.copy_(value)
 
 
 def _write_fused(writes: Sequence[Write], options: Options, backend: Backend, *, track: bool) -> dict[Tensor, Tensor]:

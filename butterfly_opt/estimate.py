@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from butterfly_opt.backend import TORCH, Backend
 from butterfly_opt.basis import Basis
 from butterfly_opt.layout import TensorLayout
 from butterfly_opt.pairs import average_weight
@@ -97,23 +98,26 @@ def move_state_(state: State, layout: TensorLayout) -> None:
 
 
 def migrate_state(state: State) -> State:
-    """A state written by an earlier version, in the present format.
+    """A saved state in the present format: of an earlier version, or with its counters saved as numbers.
 
     Raises:
-        ValueError: if the format is not known.
+        ValueError: if the format is not known, or the state is that of another optimizer.
     """
-    version = state.get("version", STATE_VERSION)
-    if version not in (1, STATE_VERSION):
-        raise ValueError(f"this state has format version {version}, this Butterfly reads up to {STATE_VERSION}")
-    if version == STATE_VERSION:
+    if "version" not in state:
+        if "step" in state:
+            raise ValueError(f"this state was not written by Butterfly: it holds {', '.join(map(str, state))}")
         return state
-    added: State = {"version": STATE_VERSION, "restarts": torch.zeros(())}
+    if state["version"] not in (1, STATE_VERSION):
+        raise ValueError(
+            f"this state has format version {state['version']}, this Butterfly reads up to {STATE_VERSION}"
+        )
+    counters = {name: torch.as_tensor(float(state.get(name, 0.0))) for name in COUNTERS}
+    state = {**state, **counters, "version": STATE_VERSION}
     if "displacement" in state:
-        added["fingerprint"] = state["displacement"].new_full((), UNKNOWN)
+        state.setdefault("fingerprint", state["displacement"].new_full((), UNKNOWN))
     # The averages of a scalar parameter were 0-d.
     averages = ("mean_grad", "grad_sq", "disp_sq", "cross", "displacement")
-    added |= {name: state[name].reshape(1) for name in averages if name in state and state[name].dim() == 0}
-    return state | added
+    return state | {name: state[name].reshape(1) for name in averages if name in state and state[name].dim() == 0}
 
 
 def rotated_axes(layout: TensorLayout, state: State) -> list[tuple[int, Tensor]]:
@@ -167,6 +171,7 @@ def update_axis_sketch_(
     stream: int,
     step: int | Tensor,
     weight: Weight,
+    backend: Backend = TORCH,
 ) -> None:
     """Takes stacked ``u`` into the running sketches of one rotated axis, in the rotated basis, in place.
 
@@ -183,17 +188,16 @@ def update_axis_sketch_(
         stream: see there.
         step: see there.
         weight: weight of ``u``.
+        backend: what makes the product.
     """
-    count, n, _ = sketch.shape
-    matrix = u.movedim(dim, 1).reshape(count, n, -1)
-    energy = grad_sq.mean(dim).reshape(count, -1, 1)
-    signs = random_signs(
-        count * matrix.shape[2], SKETCH_COLUMNS, seed=seed, stream=stream, step=step, device=u.device
-    ).view(count, -1, SKETCH_COLUMNS)
+    energy = grad_sq.mean(dim).reshape(len(u), -1, 1)
+    count = energy.shape[:2].numel()
+    signs = random_signs(count, SKETCH_COLUMNS, seed=seed, stream=stream, step=step, device=u.device)
     magnitude = energy.clamp_min_(torch.finfo(u.dtype).tiny).log2_()
     # Relative to their mean: the rounding must not depend on the scale of the loss.
     scale = (magnitude - magnitude.mean(1, keepdim=True)).mul_(-0.25).round_().exp2_()
-    update_sketch_(sketch, matrix, signs * scale, weight=weight)
+    weighted = signs.view(len(u), -1, SKETCH_COLUMNS) * scale
+    update_sketch_(sketch, backend.sketch_product(u, weighted, dim=dim), weight=weight)
 
 
 def pair_weights(step: Weight, betas: tuple[float, float]) -> tuple[Weight, Weight, Weight]:

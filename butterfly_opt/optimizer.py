@@ -1,8 +1,10 @@
 """The ``Butterfly`` optimizer: schedules and bookkeeping around ``update`` and ``refit``."""
 
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,8 @@ from butterfly_opt.operators import DirectSum, RotatedDiagonal
 from butterfly_opt.options import DIAGONALS, PAIRS, Options, check_parameter, has_clean_pairs, validate
 from butterfly_opt.refit import refit_pack_
 from butterfly_opt.update import CleanStep, TensorStep, known_displacement, take_clean_step
+
+_INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 class Butterfly(Optimizer):
@@ -141,6 +145,9 @@ class Butterfly(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name in Options.__annotations__:  # a state of before an option existed
+                group.setdefault(name, self.defaults[name])
         self._bases = {}
         self._known_skips = 0
 
@@ -164,7 +171,9 @@ class Butterfly(Optimizer):
         Raises:
             ValueError: if the state was written in a format this version does not know.
         """
-        state_dict = {**state_dict, "state": {key: migrate_state(saved) for key, saved in state_dict["state"].items()}}
+        saved = state_dict["state"].items()
+        migrated = {key: migrate_state(state) if isinstance(state, dict) else state for key, state in saved}
+        state_dict = {**state_dict, "state": migrated}
         final: list[dict[str, Any]] = []
         handle = self.register_load_state_dict_pre_hook(lambda _, incoming: final.append(incoming))
         try:
@@ -206,7 +215,7 @@ class Butterfly(Optimizer):
                 loss = closure()
         prepared: list[list[TensorStep]] = []
         streams = 0
-        for group in self.param_groups:  # no comprehension: its frame would shift the stacklevel of the warning
+        for group in self.param_groups:
             prepared.append(list(self._prepare_group(group, first_stream=streams)))
             streams += len(group["params"])
         everything = [tensor for tensors in prepared for tensor in tensors]
@@ -264,10 +273,7 @@ class Butterfly(Optimizer):
 
     def _warn_of_skips(self, skips: int) -> None:
         if skips > self._known_skips:
-            warnings.warn(
-                f"{skips - self._known_skips} steps of tensors were skipped since a gradient was not finite",
-                stacklevel=3,
-            )
+            _warn(f"{skips - self._known_skips} steps of tensors were skipped since a gradient was not finite")
         self._known_skips = skips
 
     def preconditioner(self, target: Tensor | dict[str, Any] | None = None) -> RotatedDiagonal | DirectSum:
@@ -349,10 +355,9 @@ class Butterfly(Optimizer):
         state = self.state[layout.owner]
         signature = _signature(group, layout)
         if state.get("signature", signature) != signature:
-            warnings.warn(
+            _warn(
                 "the parameters of a group, or its structure, block_size, depth, diagonal, pairs or scaling, "
-                f"changed since the last step: the estimate of the tensor of shape {layout.shape} restarts",
-                stacklevel=6,
+                f"changed since the last step: the estimate of the tensor of shape {layout.shape} restarts"
             )
             for key in _own_keys(state):
                 del state[key]
@@ -445,6 +450,14 @@ class Butterfly(Optimizer):
             basis = self._basis([tensor])
             refit_clean_(tensor.layout, tensor.state, basis, *pair)
             move_averages_([tensor], basis, self._basis([tensor]))
+
+
+def _warn(message: str) -> None:
+    """Warns at the first line outside torch and this package: the caller's, however ``step`` is wrapped."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def _layouts(group: dict[str, Any]) -> list[TensorLayout]:

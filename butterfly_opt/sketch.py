@@ -65,28 +65,36 @@ def random_signs(
     return ((bits[:, None] >> shifts & 1) * 2 - 1).to(torch.float32)
 
 
-def update_sketch_(sketch: Tensor, matrix: Tensor, signs: Tensor, *, weight: float | Tensor) -> None:
+def update_sketch_(sketch: Tensor, product: Tensor, *, weight: float | Tensor) -> None:
     """One step of the running sketch, in place.
 
     Args:
         sketch: ``Z``, ``(*batch, n, k)``.
-        matrix: ``Y``, ``(*batch, n, columns)``.
-        signs: ``R``, ``(*batch, columns, k)``: signs, or signs times powers of two, which weight the columns.
+        product: ``Y R``, the same shape.
         weight: ``b`` of this step; a number, or a tensor that broadcasts against the sketch.
-
-    Cost: ``2 n columns k`` flops.
     """
-    keep, share = (1 - weight) ** 0.5, (weight / sketch.shape[-1]) ** 0.5
-    sketch.mul_(keep).add_(_sign_product(matrix, signs.to(matrix.dtype)).mul_(share))
+    sketch.mul_((1 - weight) ** 0.5).add_(product * (weight / sketch.shape[-1]) ** 0.5)
 
 
-def _sign_product(matrix: Tensor, signs: Tensor) -> Tensor:
-    """``matrix @ signs`` to nearly float32 precision whatever torch's global setting (TF32) on a GPU.
+def sketch_product(x: Tensor, signs: Tensor, *, dim: int) -> Tensor:
+    """``Y R`` with ``Y`` each tensor of a stack unfolded along one axis.
 
-    Signed powers of two and the leading bits of an entry are exact in every format, so two products suffice.
+    To nearly float32 precision whatever torch's global setting (TF32) on a GPU: signed powers of two and
+    the leading bits of an entry are exact in every format, so two products suffice.
+
+    Args:
+        x: ``(B, *shape)``.
+        signs: ``R``, ``(B, columns, k)``: signs, or signs times powers of two, which weight the columns.
+        dim: the axis, counted with the stack, >= 1.
+
+    Returns:
+        ``(B, n, k)``.
+
+    Cost: ``2 n columns k`` flops a tensor.
     """
+    matrix = x.movedim(dim, 1).reshape(x.shape[0], x.shape[dim], -1)
     if not (matrix.is_cuda and matrix.dtype == torch.float32):
-        return matrix @ signs
+        return matrix @ signs.to(matrix.dtype)
     leading = matrix.to(torch.bfloat16).to(torch.float32)
     return leading @ signs + (matrix - leading) @ signs
 

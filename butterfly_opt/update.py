@@ -113,7 +113,8 @@ class TensorStep:
             torch.zeros_like(part) if param.grad is None else part
             for part, param in zip(parts, self.layout.params, strict=True)
         ]
-        displacement.copy_(basis.to_rotated(self.layout.gather(kept)))
+        moved = basis.to_rotated(self.layout.gather(kept))
+        displacement.copy_(moved if self.usable is None else torch.where(self.usable, moved, displacement))
 
     def normalizer(self) -> tuple[Tensor, Tensor]:
         """``sqrt(V)`` in gradient units, and ``tau`` in parameter units (0 for ``innovation``)."""
@@ -126,10 +127,9 @@ class TensorStep:
         energy = found.energy
         if "energy" in state and options["scaling"] == "adam":
             # Clean pairs say how curvature is distributed; the size of the gradient itself sets the scale.
-            tiny = torch.finfo(energy.dtype).tiny
-            energy = torch.where(
-                found.tau > 0, energy * (state["energy"] / energy.mean().clamp_min(tiny)), state["energy"]
-            )
+            mean = energy.mean()
+            known = (found.tau > 0) & (mean > 0)
+            energy = torch.where(known, energy / torch.where(known, mean, 1.0) * state["energy"], state["energy"])
         return energy.sqrt_(), found.tau
 
     def hessian_diagonal(self, *, corrected: bool) -> Tensor:

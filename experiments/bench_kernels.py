@@ -120,27 +120,21 @@ def step_cases(shapes: Sequence[tuple[int, ...]], device: torch.device) -> Itera
 
 def sketch_cases(shape: tuple[int, int], device: torch.device) -> Iterator[Case]:
     """The product of the sketch of each axis of a matrix."""
-    from butterfly_opt.sketch import update_sketch_
+    from butterfly_opt import sketch
     from butterfly_opt.triton_kernels.sketch import sketch_product
 
     x = torch.randn(shape, device=device)
     for axis in (0, 1):
         n, columns = shape[axis], shape[1 - axis]
         signs = torch.randn(1, columns, SKETCH_COLUMNS, device=device).sign()
-        sketch = torch.zeros(1, n, SKETCH_COLUMNS, device=device)
-
-        def plain(axis: int = axis, signs: torch.Tensor = signs, sketch: torch.Tensor = sketch) -> None:
-            matrix = x.movedim(axis, 0).reshape(1, x.shape[axis], -1)
-            update_sketch_(sketch, matrix, signs, weight=0.1)
-
         yield Case(
             "sketch",
             _text(shape),
             f"axis {axis}",
-            bytes=4 * (x.numel() + signs.numel() + sketch.numel()),
+            bytes=4 * (x.numel() + signs.numel() + n * SKETCH_COLUMNS),
             flops=2 * SKETCH_COLUMNS * x.numel(),
             fused=functools.partial(sketch_product, x.view((1, 1, *shape) if axis == 0 else (1, *shape, 1)), signs),
-            plain=plain,
+            plain=functools.partial(sketch.sketch_product, x[None], signs, dim=axis + 1),
         )
 
 

@@ -25,7 +25,6 @@ ADAM_SAYS_NO = {
     "Stochastic rounding of bf16 writes",
     "`diagnostics()`: plain numbers on each group",
 }
-NOT_YET = {"State dicts without younger flags, and to and from named parameters, load"}
 """What Butterfly does not keep yet."""
 
 
@@ -71,9 +70,7 @@ def test_a_careless_optimizer_gets_no(name: str) -> None:
     assert not found
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.xfail] if name in NOT_YET else []) for name in PROBES]
-)
+@pytest.mark.parametrize("name", PROBES)
 def test_butterfly_keeps_the_contract(name: str) -> None:
     found, reason = answer(PROBES[name], Maker(Butterfly))
     assert found, reason

@@ -73,7 +73,7 @@ def torch_moments(state: dict[str, Tensor]) -> None:
 
 
 def torch_direction(state: dict[str, Tensor], *, step_count: float = 20, lr: float = 0.01, **changes: float) -> Tensor:
-    """The torch path: ``regress``, then the lines of ``TensorStep.direction`` for scaling "adam"."""
+    """The torch path: ``regress``, then the lines of ``batch.take_averages``."""
     options = OPTIONS | changes
     energy = state["grad_sq"]
     if "cross" in state:

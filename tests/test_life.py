@@ -34,6 +34,8 @@ KINDS: list[dict[str, Any]] = [
     {"capturable": True},
     {"capturable": True, "structure": "flat"},
     {"stochastic_rounding": True},
+    {"pairs": "same_batch"},
+    {"pairs": "same_batch", "structure": "flat", "scaling": "newton"},
 ]
 QUICK = {"depth": 1, "refit_steps": 1}
 CHANGES: dict[str, list[Any]] = {

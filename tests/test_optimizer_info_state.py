@@ -58,7 +58,6 @@ def conv_model() -> tuple[nn.Module, Callable[[], None]]:
     return model, backward
 
 
-@pytest.mark.xfail(reason="a group without younger flags has no defaults yet")
 @every_input
 def test_can_load_older_state_dict(name: str) -> None:
     """A state dict without the flags that are younger than the first version takes their defaults."""
@@ -111,7 +110,6 @@ def test_save_load_equality_with_weights_only(name: str, is_named: bool, weights
     assert_same(torch.load(file, weights_only=weights_only), opt.state_dict())
 
 
-@pytest.mark.xfail(reason="step as a number is not converted yet")
 @every_input
 def test_load_nontensor_step(name: str) -> None:
     """``step`` saved as a number, as torch's optimizers once did; the closure returns None."""
@@ -142,7 +140,6 @@ def report_string_key(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
     return {**state_dict, "found": "test" in state_dict["state"]}
 
 
-@pytest.mark.xfail(reason="load_state_dict trips over string keys")
 @every_kind
 def test_state_dict_hooks_may_put_string_keys(kwargs: dict[str, Any]) -> None:
     problem = Problem()

@@ -5,7 +5,11 @@ from contract import make_params, train, values
 from torch import nn
 
 from butterfly_opt import Butterfly
-from butterfly_opt.rounding import write_stochastic_
+from butterfly_opt.rounding import round_stochastically
+
+
+def write_stochastic_(param: torch.Tensor, update: torch.Tensor, **key: int) -> None:
+    param.copy_(round_stochastically(param.float() + update, **key))
 
 
 def test_rounds_to_a_neighbour_without_bias() -> None:

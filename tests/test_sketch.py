@@ -10,7 +10,7 @@ import reference
 import torch
 from torch import Tensor
 
-from butterfly_opt.sketch import MAX_COLUMNS, random_signs, update_sketch_
+from butterfly_opt.sketch import MAX_COLUMNS, random_signs, sketch_product, update_sketch_
 
 CPU = torch.device("cpu")
 SIGMAS = 5.0
@@ -89,9 +89,21 @@ def test_update_sketch_by_hand(as_tensor: bool) -> None:
     sketch = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
     matrix = torch.tensor([[3.0, 5.0]], dtype=torch.float64)
     flips = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
-    update_sketch_(sketch, matrix, flips, weight=torch.tensor(0.5, dtype=torch.float64) if as_tensor else 0.5)
+    product = sketch_product(matrix[None], flips[None], dim=1)[0]
+    update_sketch_(sketch, product, weight=torch.tensor(0.5, dtype=torch.float64) if as_tensor else 0.5)
     # sqrt(1 - 1/2) (1, 2) + sqrt((1/2) / 2) (3 + 5, -3 + 5)
     assert sketch[0].tolist() == pytest.approx([0.5**0.5 + 4, 2 * 0.5**0.5 + 1], rel=1e-12)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_product_unfolds_each_tensor_along_the_axis(dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    columns = 60 // x.shape[dim]
+    weights = torch.randn(2, columns, 8, generator=generator, dtype=torch.float64)
+    for tensor, own, found in zip(x, weights, sketch_product(x, weights, dim=dim), strict=True):
+        unfolded = np.moveaxis(tensor.numpy(), dim - 1, 0).reshape(x.shape[dim], columns)
+        np.testing.assert_allclose(found.numpy(), unfolded @ own.numpy(), rtol=1e-12, atol=1e-12)
 
 
 def test_sketch_keeps_the_exponential_average_in_expectation() -> None:
@@ -104,7 +116,8 @@ def test_sketch_keeps_the_exponential_average_in_expectation() -> None:
         sketch = torch.zeros(n, k, dtype=torch.float64)
         for step, matrix in enumerate(history, 1):
             share = 1.0 if step == 1 else weight
-            update_sketch_(sketch, torch.from_numpy(matrix), signs(columns, k, seed=seed, step=step), weight=share)
+            product = torch.from_numpy(matrix) @ signs(columns, k, seed=seed, step=step).double()
+            update_sketch_(sketch, product, weight=share)
         samples[seed] = (sketch @ sketch.T).numpy()
     products = [matrix @ matrix.T for matrix in history]
     expected = reference.weighted_average(products, [1.0] + [weight] * (steps - 1))

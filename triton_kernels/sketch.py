@@ -32,7 +32,7 @@ COLUMNS = 16
 """Columns of a chunk: 64 contiguous bytes where ``post`` is long, what DRAM delivers at once."""
 
 _DTYPES = frozenset({torch.float32})
-_TORCH_SKETCH = "butterfly_opt.sketch.update_sketch_"
+_TORCH_SKETCH = "butterfly_opt.sketch.sketch_product"
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _product_kernel(x_ptr, weights_ptr, partial_ptr, n, pre, post, weights, work
 
 
 def sketch_product(x: Tensor, weights: Tensor) -> Tensor:
-    """``X``, unfolded along ``n``, times ``weights``; equals the product in ``butterfly_opt.sketch.update_sketch_``.
+    """``X``, unfolded along ``n``, times ``weights``; equals ``butterfly_opt.sketch.sketch_product``.
 
     Args:
         x: ``(batch, pre, n, post)``, float32, contiguous.

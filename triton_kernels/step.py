@@ -58,8 +58,8 @@ MOMENTS_BYTES = {"innovation": 24, "secant": 44}
 DIRECTION_BYTES = {"innovation": 12, "secant": 20, "secant advancing": 28}
 """Bytes a coordinate that ``direction_`` moves; the last with the displacement."""
 
-_TORCH_MOMENTS = "butterfly_opt.pairs.update_mean_grad_ and butterfly_opt.estimate.update_moments_"
-_TORCH_DIRECTION = "butterfly_opt.update.TensorStep.direction"
+_TORCH_MOMENTS = "butterfly_opt.batch.take_averages"
+_TORCH_DIRECTION = "butterfly_opt.batch.take_averages"
 
 _LARGEST = tl.constexpr(MAX_ROTATED_GRAD)
 _SETTLED = tl.constexpr(MIN_STEPS)
@@ -240,7 +240,7 @@ def moments_table(
 def moments_(table: TensorTable, scalars: Tensor) -> Tensor | None:
     """Averages of one step of every tensor of a table, in place, in one launch (two for secant).
 
-    Equals ``butterfly_opt.pairs.update_mean_grad_`` and ``butterfly_opt.estimate.update_moments_``.
+    Equals the averages of ``butterfly_opt.batch.take_averages``.
 
     Args:
         table: made by ``moments_table``.
@@ -314,7 +314,7 @@ def direction_(
 ) -> None:
     """The rotated update of every tensor of a table, and its next displacement, in one launch.
 
-    Equals ``-lr`` times ``butterfly_opt.update.TensorStep.direction`` for scaling "adam".
+    Equals the update of ``butterfly_opt.batch.take_averages``.
 
     Args:
         table: made by ``direction_table``.

@@ -45,7 +45,7 @@ from .table import (
 )
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_TORCH_WRITE = "butterfly_opt.update.TensorStep.write"
+_TORCH_WRITE = "butterfly_opt.batch.write_one"
 
 
 @triton.jit
@@ -144,8 +144,7 @@ def write_table(
 def write_(table: TensorTable, scalars: Tensor, *, weight_decay: float = 0.0, rounding_seed: int | None = None) -> None:
     """``theta <- theta (1 - lr weight_decay) + update`` for every parameter of a table, in one launch.
 
-    Equals the write of ``butterfly_opt.update.TensorStep.write``, whose two operations round a bfloat16
-    parameter twice under decay.
+    Equals ``butterfly_opt.batch.write_one``.
 
     Args:
         table: made by ``write_table``.

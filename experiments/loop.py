@@ -75,7 +75,9 @@ class NullRecorder:
 
 
 def flatten_numbers(nested: Any, prefix: str = "") -> dict[str, float]:
-    """Flattens nested mappings to {"a/b": number}; what is no plain number is left out."""
+    """Flattens nested mappings and lists to {"a/0/b": number}; what is no plain number is left out."""
+    if isinstance(nested, (list, tuple)):
+        nested = dict(enumerate(nested))
     if isinstance(nested, Mapping):
         flat: dict[str, float] = {}
         for key, value in nested.items():

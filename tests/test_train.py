@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import signal
 import threading
@@ -343,11 +344,12 @@ def test_an_autoencoder_has_no_accuracy(capsys: pytest.CaptureFixture[str]) -> N
 def test_diagnostics_reach_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    nested = {"angles": {"mean": 0.5, "dtype": "float32"}, "count": torch.tensor(3)}
+    nested = {"angles": [{"mean": 0.5, "dtype": "float32"}, {"mean": 0.1}], "count": torch.tensor(3)}
     monkeypatch.setattr(torch.optim.Adam, "diagnostics", lambda self: nested, raising=False)
     assert train.main([*QUICK, "run_dir=a"]) == 0
     events = EventAccumulator("a/tensorboard").Reload()
-    tags = {"train/loss", "train/lr", "test/loss", "test/accuracy", "optimizer/angles/mean", "optimizer/count"}
+    tags = {"train/loss", "train/lr", "test/loss", "test/accuracy", "optimizer/count"}
+    tags |= {"optimizer/angles/0/mean", "optimizer/angles/1/mean"}
     assert set(events.Tags()["scalars"]) == tags
     assert [(event.step, event.value) for event in events.Scalars("optimizer/count")] == [(3, 3.0), (6, 3.0)]
 
@@ -368,6 +370,43 @@ def test_a_failed_write_keeps_the_old_checkpoint(monkeypatch: pytest.MonkeyPatch
     folder.close()
     assert load("a") == {"step": 1}
     assert not list(Path("a").glob("*.tmp")) + list(Path("a").glob(".*"))
+
+
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize("moment", ["while writing", "before the rename", "after the rename"])
+def test_kill_9_during_a_checkpoint_loses_no_earlier_one(moment: str) -> None:
+    """The process dies in the save of step 4; what it leaves resumes to the same end as a run of its own."""
+    arguments = [*QUICK, "checkpoint_every=2"]
+    assert train.main([*arguments, "run_dir=whole"]) == 0
+
+    def die_at_step_4() -> None:
+        save, replace = torch.save, Path.replace
+
+        def write(state: dict[str, Any], file: Any) -> None:
+            save(state, file)
+            if state["step"] == 4:
+                if moment == "while writing":
+                    file.truncate(file.tell() // 2)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                Path.replace = move  # type: ignore[method-assign]
+
+        def move(self: Path, target: Path) -> Path:
+            if moment == "after the rename":
+                replace(self, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return target
+
+        torch.save = write
+        train.main([*arguments, "run_dir=cut"])
+
+    process = multiprocessing.get_context("fork").Process(target=die_at_step_4)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert load("cut")["step"] == (4 if moment == "after the rename" else 2)
+    assert train.main(["--resume", "cut"]) == 0
+    assert without_time("cut") == without_time("whole")
+    assert_same_state(load("cut"), load("whole"))
 
 
 def make_images(root: str, *, count: int = 2, size: tuple[int, int] = (6, 5)) -> None:

@@ -15,12 +15,13 @@ from butterfly_opt import rotation
 from butterfly_opt.blocks import RotationBlocks
 from butterfly_opt.sketch import sketch_product
 
-MAX_DENSE_LENGTH = 256
-"""Axes up to this length are rotated by the dense ``Q``: one product, whatever the depth."""
+MAX_DENSE_LENGTH = 128
+"""Axes up to this length are rotated by the dense ``Q``, one product, whatever the depth; twice as long ones
+that few columns share, too."""
 
 MIN_BLOCK_COLUMNS = 16
-"""Longer ones need this many columns for grouped stages to beat single stages
-(both measured by ``python -m experiments.bench_rotation``)."""
+"""Longer ones need this many columns for grouped stages to beat single stages.
+(All measured by ``python -m experiments.bench_rotation``.)"""
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -80,7 +81,7 @@ class Backend:
         """
         if angles.is_cuda:
             return StageRotation(angles, self)
-        if n <= MAX_DENSE_LENGTH:
+        if n <= MAX_DENSE_LENGTH or (n <= 2 * MAX_DENSE_LENGTH and columns < MAX_DENSE_LENGTH):
             return DenseRotation(angles, n)
         if columns >= MIN_BLOCK_COLUMNS and angles.dim() == 3:
             return RotationBlocks(angles, n)

@@ -134,7 +134,8 @@ class Batch:
     def rotated_gradients(self) -> Tensor:
         """``Q^T g``, ``(B, *shape)``, a new tensor."""
         grads = stack([tensor.gradient(self.basis) for tensor in self.tensors])
-        return self.basis.to_rotated(grads).clamp(-MAX_ROTATED_GRAD, MAX_ROTATED_GRAD)
+        rotated = self.basis.to_rotated(grads) if self.basis.rotations else grads.clone()
+        return rotated.clamp_(-MAX_ROTATED_GRAD, MAX_ROTATED_GRAD)
 
 
 def group_alike(tensors: Sequence[TensorStep], backend: Backend) -> list[list[TensorStep]]:
@@ -210,21 +211,22 @@ def take_averages(batch: Batch, grad: Tensor) -> Tensor:
     mean_grad, grad_sq = batch.stack("mean_grad"), batch.stack("grad_sq")
     delta_grad = grad.sub_(mean_grad)
     if scalars.usable is not None:
-        delta_grad.copy_(torch.where(scalars.usable, delta_grad, 0.0))
+        delta_grad.masked_fill_(~scalars.usable, 0.0)
     average_(mean_grad, delta_grad, scalars.mean)
     average_product_(grad_sq, delta_grad, delta_grad, scalars.square)
     stored = {"mean_grad": mean_grad, "grad_sq": grad_sq}
-    energy = grad_sq
     if secant:
         displacement, disp_sq, cross = batch.stack("displacement"), batch.stack("disp_sq"), batch.stack("cross")
         average_product_(disp_sq, displacement, displacement, scalars.pair)
         average_product_(cross, delta_grad, displacement, scalars.pair)
         stored |= {"disp_sq": disp_sq, "cross": cross}
-        beta2 = options["betas"][1]
-        energy = regress(grad_sq, disp_sq, cross, beta2=beta2, step=scalars.step, batched=True).energy
-    scale = energy.sqrt().add_(options["eps"]).clamp_min_(torch.finfo(energy.dtype).tiny)
+        found = regress(grad_sq, disp_sq, cross, beta2=options["betas"][1], step=scalars.step, batched=True)
+        scale = found.noise.addcmul_(found.slope, found.slope).sqrt_()
+    else:
+        scale = grad_sq.sqrt()
+    scale.add_(options["eps"]).clamp_min_(torch.finfo(scale.dtype).tiny)
     limit = options["max_update"]
-    update = (mean_grad / scale).clamp_(-limit, limit).mul_(-scalars.lr)
+    update = torch.div(mean_grad, scale, out=scale).clamp_(-limit, limit).mul_(-scalars.lr)
     if secant and batch.is_exact:
         advance_displacement_(displacement, update, scalars.mean)
         stored["displacement"] = displacement

@@ -6,8 +6,8 @@ they are one small matrix for each ``(high, low)``: a rotation of length 1024 is
 products with 32 x 32 blocks. The blocks are built once for each set of angles and used until the
 angles change.
 
-Cost of an application to c columns: ``2 n c sum_g 2**k_g`` flops, all in matrix products, and one
-transposed copy a group, against ``3 n c num_stages`` flops in as many passes over memory.
+Cost of an application to c columns: ``2 n c sum_g 2**k_g`` flops, all in matrix products, and a
+transposed copy for all groups but the first of a butterfly, against ``3 n c num_stages`` flops in as many passes over memory.
 Profitable from about 16 columns on (measured by ``python -m experiments.bench_rotation``).
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from butterfly_opt.rotation import rotate_columns_
 
-MAX_GROUP = 5
-"""Stages in one group: blocks of at most 32 x 32."""
+MAX_GROUP = 6
+"""Stages in one group: blocks of at most 64 x 64."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,12 @@ class StageGroup:
         high, low, middle, _ = self.matrices.shape
         if self.padded != n:
             x = torch.nn.functional.pad(x, (0, 0, 0, self.padded - n))
-        parts = x.view(high, middle, low, columns).transpose(1, 2)
         matrices = self.matrices if transpose else self.matrices.mT
-        # A batch of one dimension reaches the batched product without a copy of its operands.
-        if high == 1:
-            mixed = torch.bmm(matrices[0], parts[0]).unsqueeze(0)
-        else:
-            mixed = torch.matmul(matrices, parts) if low > 1 else torch.bmm(matrices[:, 0], parts[:, 0]).unsqueeze(1)
+        # With one batch dimension the operands reach the batched product without a copy.
+        if low == 1:
+            return torch.bmm(matrices[:, 0], x.view(high, middle, columns)).view(self.padded, columns)[:n]
+        parts = x.contiguous().view(high, middle, low, columns).transpose(1, 2)
+        mixed = torch.bmm(matrices[0], parts[0]).unsqueeze(0) if high == 1 else torch.matmul(matrices, parts)
         return mixed.transpose(1, 2).reshape(self.padded, columns)[:n]
 
 
@@ -59,26 +58,29 @@ class RotationBlocks:
     def __init__(self, angles: Tensor, n: int) -> None:
         self.n = n
         # By span, all butterflies of the stack at once; then in the order in which they apply.
-        spans = [_groups(angles, n, first, last) for first, last in _split(angles.shape[1])]
+        spans = [_groups(angles, n, first, last) for first, last in _split(angles.shape[1], n)]
         self.groups = [groups[butterfly] for butterfly in range(angles.shape[0]) for groups in spans]
 
     def rotate(self, x: Tensor, *, dim: int, transpose: bool = False) -> Tensor:
         """``Q x`` (``Q^T x`` with ``transpose``) along axis ``dim``, which has length n.
 
         Returns:
-            A tensor of the shape of ``x`` in the dtype of the angles, not necessarily contiguous.
+            A contiguous tensor of the shape of ``x`` in the dtype of the angles.
         """
         moved = x.movedim(dim, 0)
         columns = moved.reshape(self.n, -1)
         for group in self.groups if transpose else reversed(self.groups):
             columns = group.apply(columns, transpose=transpose)
-        return columns.view(moved.shape).movedim(0, dim)
+        return columns.view(moved.shape).movedim(0, dim).contiguous()
 
 
-def _split(stages: int) -> list[tuple[int, int]]:
-    """Spans of at most MAX_GROUP stages, as equal as possible."""
+def _split(stages: int, n: int) -> list[tuple[int, int]]:
+    """Spans of at most MAX_GROUP stages, as equal as possible, or such that two need no padding."""
     count = -(-stages // MAX_GROUP)
     bounds = [stages * g // count for g in range(count + 1)] if count else [0]
+    if count == 2:
+        near = sorted(range(max(1, stages - MAX_GROUP), min(stages, MAX_GROUP + 1)), key=lambda k: abs(k - bounds[1]))
+        bounds[1] = next((k for k in near if n % (1 << k) == 0), bounds[1])
     return list(itertools.pairwise(bounds))
 
 

@@ -81,13 +81,17 @@ def regress(
     moved = (tau2 > tiny**0.75) & (step > MIN_STEPS)
     tau = torch.where(moved, tau2.sqrt(), 0.0)
     inverse = torch.where(moved, tau2.rsqrt(), 0.0)
+    # In place from here on: fresh memory costs as much as the arithmetic.
     b = disp_sq * inverse.square()
     c = cross * inverse
     mean_slope = c.abs().sum(dims, keepdim=batched) / b.sum(dims, keepdim=batched).clamp_min(tiny)
-    spread = (grad_sq - c.square() / (b + 1e-12)).clamp_min_(0)
-    # Relative to mean_slope first: the ratio is of order one where the squares may overflow.
-    ratio = spread.sqrt_().mul_(1 / mean_slope.clamp_min(tiny**0.5)).clamp_(max=1e6)
-    ridge = ratio.square_().mul_(1 - beta2).add_(ROUNDING[grad_sq.dtype])
-    slope = (c + ridge * mean_slope) / (b + ridge)
-    noise = (grad_sq - slope * (2 * c - slope * b)).clamp_min_(0)
+    work = b + 1e-12
+    spread = torch.addcmul(grad_sq, torch.div(c, work, out=work), c, value=-1, out=work).clamp_min_(0)
+    # By mean_slope twice: its square may overflow, or underflow.
+    inverse_slope = 1 / mean_slope.clamp_min(tiny**0.5)
+    ridge = spread.mul_(inverse_slope).mul_(inverse_slope).clamp_(max=1e12).mul_(1 - beta2)
+    ridge.add_(ROUNDING[grad_sq.dtype])
+    slope = torch.addcmul(c, ridge, mean_slope).div_(ridge.add_(b))
+    fitted = b.mul_(slope).sub_(c, alpha=2)
+    noise = torch.addcmul(grad_sq, slope, fitted, out=fitted).clamp_min_(0)
     return Curvature(slope, noise, tau)

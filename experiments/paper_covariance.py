@@ -1,0 +1,226 @@
+"""Covariance of real images: a butterfly, the diagonal, low rank plus diagonal of equal memory, and the full matrix.
+
+The second use of M. Mathieu and Y. LeCun, arXiv:1404.7195 (2014). All models are fitted to one matrix, the covariance
+of the training images after shrinkage, so that they differ only in what they can represent. A butterfly of depth k
+on n coordinates keeps ``k n log2(n) / 2`` angles and n numbers, as many as factors of rank ``k log2(n) / 2`` and a
+diagonal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from butterfly_opt import FitOptions, fit_symmetric
+from butterfly_opt.rotation import num_stages
+from experiments.config import ConfigError, DatasetConfig
+from experiments.data import load_dataset
+from experiments.paper_files import (
+    BLACK,
+    BLUE,
+    ORANGE,
+    SKY,
+    VERMILION,
+    add_legend,
+    check_at_least,
+    new_figure,
+    save_figure,
+    write_rows,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CovarianceConfig:
+    """What is fitted.
+
+    Attributes:
+        dataset: the images.
+        depths: butterflies multiplied with one another; the ranks beside them follow.
+        steps: angle steps.
+        lr: length of the first angle step in radians.
+        patch: side of square patches cut at random places, one an image; 0 takes whole images.
+        train_samples: images of the training split, all if there are fewer.
+        test_samples: images of the test split, all if there are fewer.
+        shrinkage: a number from 0 to 1: ``(1 - shrinkage) C + shrinkage tr(C) / n I`` is fitted.
+        oas: choose the shrinkage as scikit-learn's ``OAS``.
+        seed: of the choice of images and patches.
+    """
+
+    dataset: DatasetConfig
+    depths: list[int]
+    steps: int
+    lr: float = 0.2
+    patch: int = 0
+    train_samples: int = 20_000
+    test_samples: int = 10_000
+    shrinkage: float = 0.0
+    oas: bool = False
+    seed: int = 0
+    run_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(1, depths=self.depths)
+        if not self.lr > 0:
+            raise ConfigError(f"lr must be above 0, got {self.lr}")
+        check_at_least(0, steps=self.steps, patch=self.patch, seed=self.seed)
+        check_at_least(2, train_samples=self.train_samples, test_samples=self.test_samples)
+        if not 0.0 <= self.shrinkage <= 1.0:
+            raise ConfigError(f"shrinkage must be from 0 to 1, got {self.shrinkage}")
+        if self.oas and self.shrinkage:
+            raise ConfigError(f"oas=true chooses the shrinkage: leave out shrinkage={self.shrinkage}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CovarianceRow:
+    """One model. ``size`` is the depth or the rank; ``numbers`` what it stores beside the mean.
+
+    ``error`` is relative, in the Frobenius norm; log-likelihoods are nats an image (patch).
+    """
+
+    model: str
+    size: int
+    numbers: int
+    error: float
+    train_log_likelihood: float
+    test_log_likelihood: float
+    seconds: float
+
+
+def image_vectors(config: CovarianceConfig) -> tuple[Tensor, Tensor]:
+    """Training and test vectors ``(count, n)``, float64, pixels from 0 to 1, channel by channel and row by row."""
+    data = load_dataset(config.dataset)
+    generator = torch.Generator().manual_seed(config.seed)
+    vectors = []
+    for split, count in ((data.train, config.train_samples), (data.test, config.test_samples)):
+        images = split.images[torch.randperm(len(split.images), generator=generator)[:count]]
+        if config.patch:
+            side = config.patch
+            if side > min(images.shape[2:]):
+                raise ConfigError(f"patch must be at most {min(images.shape[2:])}, the side of the images, got {side}")
+            windows = images.unfold(2, side, 1).unfold(3, side, 1)
+            rows = torch.randint(windows.shape[2], (len(images),), generator=generator)
+            columns = torch.randint(windows.shape[3], (len(images),), generator=generator)
+            images = windows[torch.arange(len(images)), :, rows, columns]
+        vectors.append(images.flatten(1).double() / data.max_value)
+    return vectors[0], vectors[1]
+
+
+def log_likelihood(centred: Tensor, covariance: Tensor) -> float:
+    """Mean of ``log N(x; 0, covariance)`` over the rows, in nats, through Cholesky."""
+    factor = torch.linalg.cholesky(covariance)
+    whitened = torch.linalg.solve_triangular(factor, centred.T, upper=False)
+    n = len(covariance)
+    logdet = 2 * factor.diagonal().log().sum()
+    return (-0.5 * (n * math.log(2 * math.pi) + logdet + whitened.square().sum(0).mean())).item()
+
+
+def factor_analysis(covariance: Tensor, rank: int) -> Tensor:
+    """``W W^T + diag(psi)`` of the largest likelihood (scikit-learn's ``FactorAnalysis``), for a given covariance."""
+    from sklearn.decomposition import FactorAnalysis
+    from sklearn.exceptions import ConvergenceWarning
+
+    # Rows +-sqrt(n) R with R R = covariance have mean zero and exactly this covariance.
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * (len(values) * values.clamp_min(0)).sqrt()) @ vectors.T
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = FactorAnalysis(rank, max_iter=300, random_state=0).fit(torch.cat((root, -root)).numpy())
+    return torch.from_numpy(model.get_covariance())
+
+
+def principal_components(covariance: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors, and the diagonal of what they leave."""
+    values, vectors = torch.linalg.eigh(covariance)
+    leading = (vectors[:, -rank:] * values[-rank:]) @ vectors[:, -rank:].T
+    return leading + torch.diag((covariance - leading).diagonal())
+
+
+def _butterfly(covariance: Tensor, depth: int, criterion: str, config: CovarianceConfig) -> Tensor:
+    options = FitOptions(depth=depth, steps=config.steps, lr=config.lr)
+    return fit_symmetric(covariance, options, criterion=criterion).operator.to_dense()
+
+
+def _models(covariance: Tensor, config: CovarianceConfig) -> Iterator[tuple[str, int, int, Callable[[], Tensor]]]:
+    """Name, depth or rank, numbers stored, and what computes the dense matrix."""
+    n = len(covariance)
+    yield "diagonal", 0, n, lambda: torch.diag(covariance.diagonal())
+    for depth in config.depths:
+        rank = max(1, round(depth * num_stages(n) / 2))
+        numbers = depth * num_stages(n) * (n // 2) + n
+        for name, criterion in (("butterfly, likelihood", "logdet"), ("butterfly, energy", "energy")):
+            yield name, depth, numbers, lambda d=depth, c=criterion: _butterfly(covariance, d, c, config)  # type: ignore[misc]
+        yield "factor analysis", rank, n * rank + n, lambda r=rank: factor_analysis(covariance, r)  # type: ignore[misc]
+        yield "PCA + diagonal", rank, n * rank + n, lambda r=rank: principal_components(covariance, r)  # type: ignore[misc]
+    yield "full", n, n * (n + 1) // 2, lambda: covariance
+
+
+def run(config: CovarianceConfig, folder: Path) -> list[CovarianceRow]:
+    """Fits all models, writes ``covariance.csv`` and the figure; prints a Markdown table."""
+    from sklearn.covariance import oas
+
+    train, test = image_vectors(config)
+    mean = train.mean(0)
+    train, test = train - mean, test - mean
+    n = train.shape[1]
+    sample_covariance = train.T @ train / len(train)
+    amount = float(oas(train.numpy(), assume_centered=True)[1]) if config.oas else config.shrinkage
+    target = sample_covariance.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    covariance = (1 - amount) * sample_covariance + amount * target
+    print(f"{len(train)} training and {len(test)} test vectors of {n} coordinates, shrinkage {amount:.3g}")
+    print("| model | depth or rank | numbers | relative error | train log-likelihood | test log-likelihood |")
+    print("|---|---|---|---|---|---|")
+    rows = []
+    for name, size, numbers, build in _models(covariance, config):
+        begin = time.perf_counter()
+        dense = build()
+        seconds = time.perf_counter() - begin
+        error = (torch.linalg.norm(dense - covariance) / torch.linalg.norm(covariance)).item()
+        scores = [log_likelihood(vectors, dense) for vectors in (train, test)]
+        rows.append(CovarianceRow(name, size, numbers, error, scores[0], scores[1], round(seconds, 3)))
+        print(f"| {name} | {size} | {numbers} | {error:.3f} | {scores[0]:.1f} | {scores[1]:.1f} |", flush=True)
+        write_rows(folder / "covariance.csv", rows)
+    draw(config, rows, folder)
+    return rows
+
+
+STYLES: dict[str, dict[str, Any]] = {
+    "diagonal": {"color": BLACK, "marker": "D"},
+    "butterfly, likelihood": {"color": BLUE, "marker": "o"},
+    "butterfly, energy": {"color": SKY, "marker": "s", "linestyle": "--"},
+    "factor analysis": {"color": VERMILION, "marker": "^"},
+    "PCA + diagonal": {"color": ORANGE, "marker": "v", "linestyle": "--"},
+    "full": {"color": "0.5", "marker": "*"},
+}
+
+
+def draw(config: CovarianceConfig, rows: list[CovarianceRow], folder: Path) -> None:
+    """Error and held-out log-likelihood against the numbers stored."""
+    figure, axes = new_figure(1, 2, width=7.6, height=3.4)
+    panels = (
+        ("error", r"$\|C - A\|_F \;/\; \|C\|_F$"),
+        ("test_log_likelihood", "held-out log-likelihood (nats per image)"),
+    )
+    if config.patch:
+        panels = (panels[0], (panels[1][0], "held-out log-likelihood (nats per patch)"))
+    for axis, (field, label) in zip(axes[0], panels, strict=True):
+        for name, style in STYLES.items():
+            chosen = [row for row in rows if row.model == name]
+            points = ([row.numbers for row in chosen], [getattr(row, field) for row in chosen])
+            axis.plot(*points, label=name, markersize=5, linewidth=1.2, clip_on=False, zorder=3, **style)
+        axis.set(xscale="log")
+        axis.set_xlabel("numbers stored beside the mean", fontsize=8)
+        axis.set_ylabel(label, fontsize=8)
+    axes[0, 0].set_ylim(bottom=0)
+    source = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "folder": Path(config.dataset.root).name}
+    what = f"{config.patch} x {config.patch} patches" if config.patch else "images"
+    figure.suptitle(f"Covariance of {what}: {source[config.dataset.name]}", fontsize=9)
+    add_legend(figure, axes, columns=6)
+    save_figure(figure, folder, "covariance")

@@ -252,7 +252,7 @@ class ButterflyMixture(DensityMixin, BaseEstimator):
         """Free parameters: weights, means, eigenvalues, and an angle for each pair of each stage."""
         n = self.n_features_in_
         pairs = sum(sum(i + (1 << stage) < n for i in range(n) if not i >> stage & 1) for stage in range(num_stages(n)))
-        return self.n_components * (2 * n + pairs + 1) - 1
+        return self.n_components * (2 * n + self.depth * pairs + 1) - 1
 
     def _check_parameters(self) -> None:
         bounds: tuple[tuple[str, Any], ...] = (

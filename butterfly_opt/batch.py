@@ -185,7 +185,8 @@ def take_steps(batches: Sequence[Batch], backend: Backend) -> None:
             else:
                 updates = [take_averages(batch, grad) for batch, grad in zip(part, rotated, strict=True)]
             for batch, delta_grad in zip(part, rotated, strict=True):
-                _take_sketches(batch, delta_grad, backend)
+                if batch.tensors[0].refit_is_due:
+                    _take_sketches(batch, delta_grad, backend)
             changes = [batch.basis.from_rotated(update) for batch, update in zip(part, updates, strict=True)]
             _write(part, changes, backend)
 
@@ -249,8 +250,9 @@ def _take_fused_averages(batches: Sequence[Batch], grads: Sequence[Tensor], back
 
 
 def _take_sketches(batch: Batch, delta_grad: Tensor, backend: Backend) -> None:
+    """Takes the innovations into the sketches that the refit of this step reads."""
     first, scalars = batch.tensors[0], batch.scalars
-    grad_sq = batch.stack("grad_sq") if first.layout.rotated else delta_grad
+    grad_sq = batch.stack("grad_sq")
     for axis, dim in enumerate(first.layout.rotated):
         sketch = batch.stack(f"sketch{axis}")
         update_axis_sketch_(

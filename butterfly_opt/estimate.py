@@ -46,6 +46,7 @@ UNKNOWN = -1.0
 
 SKETCH_COLUMNS = 8
 SKETCH_BETA = 0.9
+"""Decay of the sketches, in steps with a refit: only those add to them."""
 
 
 def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str, clean: bool) -> State:

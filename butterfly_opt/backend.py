@@ -137,17 +137,16 @@ class Backend:
         """
         raise NotImplementedError
 
-    def fused_refit_(
+    def fused_angle_step_(
         self,
         sketch: Tensor,
         state: tuple[Tensor, Tensor, Tensor],
         *,
-        steps: int,
         refit_lr: float,
         taken: Tensor,
         owned: Tensor | None,
-    ) -> Tensor:
-        """As ``refit.refit_sketch_`` in one or a few launches (only with ``has_fused_steps``)."""
+    ) -> None:
+        """An angle step of ``refit.refit_sketch_`` in one or a few launches (only with ``has_fused_steps``)."""
         raise NotImplementedError
 
 
@@ -178,11 +177,13 @@ class TritonBackend(Backend):
         return angle_gradient(_columns(u, angles, dim), _columns(grad_u, angles, dim), angles.cos(), angles.sin())
 
     def sketch_product(self, x: Tensor, signs: Tensor, *, dim: int) -> Tensor:
-        """As ``sketch.sketch_product``, in one read."""
+        """As ``sketch.sketch_product``, in one read for 8 columns."""
         from butterfly_opt.triton_kernels import sketch
 
         pre, post = x.shape[1:dim].numel(), x.shape[dim + 1 :].numel()
-        return sketch.sketch_product(x.view(len(x), pre, x.shape[dim], post), signs.contiguous())
+        unfolded = x.view(len(x), pre, x.shape[dim], post)
+        parts = signs.split(sketch.MAX_WEIGHTS, dim=2)
+        return torch.cat([sketch.sketch_product(unfolded, part.contiguous()) for part in parts], 2)
 
     def fused_averages_(
         self,
@@ -219,20 +220,19 @@ class TritonBackend(Backend):
         table = write_table(params, updates, written=written, streams=write.streams)
         write_(table, rows, weight_decay=write.weight_decay, rounding_seed=write.rounding_seed)
 
-    def fused_refit_(
+    def fused_angle_step_(
         self,
         sketch: Tensor,
         state: tuple[Tensor, Tensor, Tensor],
         *,
-        steps: int,
         refit_lr: float,
         taken: Tensor,
         owned: Tensor | None,
-    ) -> Tensor:
-        """As ``Backend.fused_refit_``."""
+    ) -> None:
+        """As ``Backend.fused_angle_step_``."""
         from butterfly_opt.triton_kernels.refit import refit_sketch_
 
-        return refit_sketch_(sketch, *state, steps=steps, refit_lr=refit_lr, taken=taken, owned=owned)
+        refit_sketch_(sketch.contiguous(), *state, steps=1, refit_lr=refit_lr, taken=taken, owned=owned)
 
 
 class DenseRotation:

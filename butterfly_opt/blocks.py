@@ -7,8 +7,8 @@ products with 32 x 32 blocks. The blocks are built once for each set of angles a
 angles change.
 
 Cost of an application to c columns: ``2 n c sum_g 2**k_g`` flops, all in matrix products, and a
-transposed copy for all groups but the first of a butterfly, against ``3 n c num_stages`` flops in as many passes over memory.
-Profitable from about 16 columns on (measured by ``python -m experiments.bench_rotation``).
+transposed copy for all groups but the first of a butterfly, against ``3 n c num_stages`` flops in as many
+passes over memory. Profitable from about 16 columns on (measured by ``python -m experiments.bench_rotation``).
 """
 
 import itertools

@@ -44,7 +44,7 @@ COUNTERS = ("step", "skipped", "restarts", "angle_steps")
 UNKNOWN = -1.0
 """Fingerprint before the first write."""
 
-SKETCH_COLUMNS = 8
+SKETCH_COLUMNS = 32
 SKETCH_BETA = 0.9
 """Decay of the sketches, in steps with a refit: only those add to them."""
 
@@ -116,7 +116,9 @@ def migrate_state(state: State) -> State:
     state = {**state, **counters, "version": STATE_VERSION}
     if "displacement" in state:
         state.setdefault("fingerprint", state["displacement"].new_full((), UNKNOWN))
-    # The averages of a scalar parameter were 0-d.
+    # Sketches had fewer columns: zeros leave Z Z^T as it is. The averages of a scalar parameter were 0-d.
+    for name in [name for name in state if name.startswith("sketch")]:
+        state[name] = torch.nn.functional.pad(state[name], (0, SKETCH_COLUMNS - state[name].shape[1]))
     averages = ("mean_grad", "grad_sq", "disp_sq", "cross", "displacement")
     return state | {name: state[name].reshape(1) for name in averages if name in state and state[name].dim() == 0}
 

@@ -85,7 +85,7 @@ class Butterfly(Optimizer):
         NotImplementedError: for what is not implemented yet, and for distributed or sparse parameters.
 
     Cost, for an m x n matrix in float32: 8 bytes a parameter ("innovation") or 20 ("secant") and about
-    ``6 depth log2(n) + 32`` bytes for each row and column; two rotations a step and a refit, whose work
+    ``6 depth log2(n) + 128`` bytes for each row and column; two rotations a step and a refit, whose work
     grows with ``m + n`` only.
     """
 

@@ -36,6 +36,7 @@ from butterfly_opt.rotation import angle_curvature, angle_gradient, num_stages, 
 
 ANGLE_BETAS = (0.9, 0.99)
 ANGLE_EPS = 1e-4
+STEP_COLUMNS = 8
 SETTLING_STEPS = 800
 NEWTON_DAMPING = 0.5
 MAX_NEWTON_STEP = 0.3
@@ -113,12 +114,18 @@ def refit_sketch_(
     Returns:
         ``Q^T Z`` in the new basis.
 
-    Cost: ``steps`` times three rotations of k columns.
+    Each step sees STEP_COLUMNS columns, the next ones in turn: many columns tell more of the second moment, and
+    cost no more.
+
+    Cost: ``steps`` times three rotations of STEP_COLUMNS columns, and one of all.
     """
-    if backend.has_fused_steps:
-        return backend.fused_refit_(sketch, state, steps=steps, refit_lr=refit_lr, taken=taken, owned=owned)
+    parts = sketch.split(STEP_COLUMNS, dim=1)
     for step in range(steps):
-        u = backend.rotate(sketch, state.angles, dim=0, transpose=True)
+        part = parts[step % len(parts)]
+        if backend.has_fused_steps:
+            backend.fused_angle_step_(part, state, refit_lr=refit_lr, taken=taken + step, owned=owned)
+            continue
+        u = backend.rotate(part, state.angles, dim=0, transpose=True)
         gradient = backend.angle_gradient(u, one_sided_residual(u), state.angles, dim=0)
         if owned is not None:
             gradient.mul_(owned)

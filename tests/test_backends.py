@@ -87,7 +87,7 @@ def test_many_small_tensors_do_not_cost_a_launch_each(refit_steps, monkeypatch):
         launches.clear()
         optimizer.step()
         counts.append(len(launches))
-    assert counts[0] == counts[1] <= 20
+    assert counts[0] == counts[1] <= 30
 
 
 def test_auto_takes_torch_on_a_cpu():

@@ -173,20 +173,27 @@ def criterion(u: Tensor) -> float:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_refit_recovers_a_planted_basis(seed: int) -> None:
-    """n = 32, angles of 0.25 rad: the off-diagonal energy falls by 1e3 (measured: 1e5 to 1e6).
+@pytest.mark.parametrize(("n", "factor", "excess"), [(8, 1e3, 0.01), (32, 20, 0.02)])
+def test_refit_recovers_a_planted_basis(n: int, factor: float, excess: float, seed: int) -> None:
+    """Angles of 0.25 rad: the off-diagonal energy falls by 1e3 where a step sees the whole sketch, n = 8.
 
-    With angles of 0.4 rad two seeds of six stay in a local optimum, where it falls by 10 to 30 only.
+    With n = 32 a step sees a quarter of it, and the angles jitter by what the quarters differ: the energy
+    fell by 35 to 790 (by 1e5 with all columns in each step, at four times the cost), and 0.5 to 1.5 % of the excess
+    of the criterion was left. With angles of 0.4 rad two seeds of six stay in a local optimum.
     """
-    root = planted(32, seed)
-    root = root / root.square().mean().sqrt()
-    state = zero_state(32)
+    root = planted(n, seed)
+    # As in a sketch, every column holds something of all directions.
+    mixed = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    root = root @ mixed / root.square().mean().sqrt()
+    state = zero_state(n)
     u = refit_sketch_(root, state, steps=400, refit_lr=0.05, taken=torch.tensor(0.0))
-    best = (torch.linalg.svdvals(root) / 32**0.5).sum().item()
+    best = (torch.linalg.svdvals(root) / n**0.5).sum().item()
     left = (criterion(u) - best) / (criterion(root) - best)
-    print(f"seed {seed}: off-diagonal energy {off_diagonal(root):.3g} -> {off_diagonal(u):.3g}, excess left {left:.2g}")
-    assert off_diagonal(u) < off_diagonal(root) / 1e3
-    assert 0 <= left < 0.01
+    print(
+        f"n {n}, seed {seed}: off-diagonal energy {off_diagonal(root):.3g} -> {off_diagonal(u):.3g}, excess {left:.2g}"
+    )
+    assert off_diagonal(u) < off_diagonal(root) / factor
+    assert -1e-9 < left < excess
     torch.testing.assert_close(u, rotate(root, state.angles, dim=0, transpose=True))
 
 

@@ -85,31 +85,41 @@ def _largest(grads: Sequence[Tensor | None]) -> Tensor:
     return torch.maximum(-ends[:, 0], ends[:, 1])
 
 
-def fingerprints(tensors: Sequence[TensorStep]) -> list[Tensor]:
-    """Norms of the parameters of each tensor, 0-d, in the dtype of its state. Cost: one pass."""
-    norms: list[Tensor] = []
-    for tensor in tensors:
-        params = [param.detach() for param in tensor.layout.params]
-        parts = torch._foreach_norm(params, 2, dtype=tensor.layout.dtype)
-        norms.append(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(list(parts))))
-    return norms
+def fingerprints(tensors: Sequence[TensorStep]) -> Tensor:
+    """Norms of the parameters of each tensor, all on one device: ``(len(tensors),)``. Cost: one pass."""
+    params = [param.detach() for tensor in tensors for param in tensor.layout.params]
+    norms = torch.stack(list(torch._foreach_norm(params, 2, dtype=tensors[0].layout.dtype)))
+    if len(params) == len(tensors):
+        return norms
+    counts = [len(tensor.layout.params) for tensor in tensors]
+    return torch.stack([torch.linalg.vector_norm(part) for part in norms.split(counts)])
 
 
 def restart_displacements_(tensors: Sequence[TensorStep]) -> None:
     """Sets the displacement of tensors that were changed by hand to zero, and counts them."""
-    tracked = [tensor for tensor in tensors if "fingerprint" in tensor.state]
-    for tensor, norm in zip(tracked, fingerprints(tracked), strict=True):
-        known = tensor.state["fingerprint"]
-        changed = (norm != known) & (known >= 0)
-        if tensor.is_on_device:
-            tensor.state["displacement"].mul_(~changed)
-        elif changed:
-            tensor.state["displacement"].zero_()
-        tensor.state["restarts"] += changed
+    for there in _tracked(tensors):
+        known = torch.stack([tensor.state["fingerprint"] for tensor in there])
+        changed = (fingerprints(there) != known) & (known >= 0)
+        if there[0].is_on_device:
+            torch._foreach_mul_([tensor.state["displacement"] for tensor in there], list((~changed).unbind()))
+            torch._foreach_add_([tensor.state["restarts"] for tensor in there], list(changed.float().unbind()))
+            continue
+        for tensor, flag in zip(there, changed.tolist(), strict=True):
+            if flag:
+                tensor.state["displacement"].zero_()
+                tensor.state["restarts"] += 1
 
 
 def remember_fingerprints_(tensors: Sequence[TensorStep]) -> None:
     """Keeps the norms of the parameters as the step leaves them."""
-    tracked = [tensor for tensor in tensors if "fingerprint" in tensor.state]
-    for tensor, norm in zip(tracked, fingerprints(tracked), strict=True):
-        tensor.state["fingerprint"].copy_(norm)
+    for there in _tracked(tensors):
+        torch._foreach_copy_([tensor.state["fingerprint"] for tensor in there], list(fingerprints(there).unbind()))
+
+
+def _tracked(tensors: Sequence[TensorStep]) -> list[list[TensorStep]]:
+    """The tensors of a group that keep a displacement, by device and dtype."""
+    places: dict[tuple[torch.device, torch.dtype], list[TensorStep]] = defaultdict(list)
+    for tensor in tensors:
+        if "fingerprint" in tensor.state:
+            places[tensor.layout.owner.device, tensor.layout.dtype].append(tensor)
+    return list(places.values())

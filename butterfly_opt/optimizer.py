@@ -344,7 +344,7 @@ class Butterfly(Optimizer):
     def _prepare_group(self, group: dict[str, Any], *, first_stream: int) -> Iterator[TensorStep]:
         """The tensors of a group that have a gradient in this step."""
         for stream, layout in enumerate(_layouts(group), first_stream):
-            if layout.owner.numel() + len(layout.params) > 1 and any(param.grad is not None for param in layout.params):
+            if any(param.grad is not None and param.numel() for param in layout.params):
                 yield self._prepare(group, layout, stream=stream)
 
     def _prepare(self, group: dict[str, Any], layout: TensorLayout, *, stream: int) -> TensorStep:

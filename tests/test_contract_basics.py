@@ -330,3 +330,13 @@ def test_global_state_is_left_alone(options: dict[str, Any]) -> None:
     train(opt, params, range(3))
     opt.load_state_dict(opt.state_dict())
     assert global_state() == before
+
+
+@pytest.mark.parametrize("structure", ["axes", "flat"])
+def test_empty_parameters_alone_are_no_step(structure: str) -> None:
+    params = [nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(0, 3))]
+    opt = Butterfly(params, structure=structure)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    opt.step()
+    assert not opt.state

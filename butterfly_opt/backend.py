@@ -62,9 +62,6 @@ class Backend:
 
     name = "torch"
 
-    has_fused_steps = False
-    """Whether the ``fused_`` methods exist."""
-
     max_stacked = 1 << 14
     """Tensors of equal shape up to this size are stacked into one (measured: beyond, the copies cost more)."""
 
@@ -99,62 +96,11 @@ class Backend:
         """As ``sketch.sketch_product``."""
         return sketch_product(x, signs, dim=dim)
 
-    def fused_averages_(
-        self,
-        states: Sequence[Mapping[str, Tensor]],
-        grads: Sequence[Tensor],
-        updates: Sequence[Tensor],
-        rows: Tensor,
-        step: FusedStep,
-    ) -> None:
-        """Averages and directions of a step of many tensors in a few launches (only with ``has_fused_steps``).
-
-        Args:
-            states: the averages of each tensor, updated in place.
-            grads: rotated gradients, overwritten with the innovations ``u``.
-            updates: receive the rotated updates, ``-lr`` times the directions.
-            rows: ``(tensors, 6)``, the fields of ``batch.Scalars``.
-            step: numbers that all share.
-        """
-        raise NotImplementedError
-
-    def fused_write_(
-        self,
-        params: Sequence[Tensor],
-        updates: Sequence[Tensor],
-        written: Sequence[Tensor] | None,
-        rows: Tensor,
-        write: FusedWrite,
-    ) -> None:
-        """Adds updates to the parameters in one launch (only with ``has_fused_steps``).
-
-        Args:
-            params: contiguous parameters of one dtype.
-            updates: of their shapes, float32.
-            written: receive the changes of the parameters after rounding, float32.
-            rows: ``(len(params), 6)``, the fields of ``batch.Scalars``.
-            write: how.
-        """
-        raise NotImplementedError
-
-    def fused_angle_step_(
-        self,
-        sketch: Tensor,
-        state: tuple[Tensor, Tensor, Tensor],
-        *,
-        refit_lr: float,
-        taken: Tensor,
-        owned: Tensor | None,
-    ) -> None:
-        """An angle step of ``refit.refit_sketch_`` in one or a few launches (only with ``has_fused_steps``)."""
-        raise NotImplementedError
-
 
 class TritonBackend(Backend):
     """The fused kernels, for float32 state on a GPU (or on the CPU in Triton's interpreter)."""
 
     name = "triton"
-    has_fused_steps = True
     max_stacked = 1 << 18
     chunk = 1 << 26
     short_stages = 10
@@ -193,7 +139,15 @@ class TritonBackend(Backend):
         rows: Tensor,
         step: FusedStep,
     ) -> None:
-        """As ``Backend.fused_averages_``, in two launches, three for secant."""
+        """Averages and directions of a step of many tensors, in two launches, three for secant.
+
+        Args:
+            states: the averages of each tensor, updated in place.
+            grads: rotated gradients, overwritten with the innovations ``u``.
+            updates: receive the rotated updates, ``-lr`` times the directions.
+            rows: ``(tensors, 6)``, the fields of ``batch.Scalars``.
+            step: numbers that all share.
+        """
         from butterfly_opt.triton_kernels.step import direction_, direction_table, moments_, moments_table
 
         def column(name: str) -> list[Tensor]:
@@ -214,7 +168,15 @@ class TritonBackend(Backend):
         rows: Tensor,
         write: FusedWrite,
     ) -> None:
-        """As ``Backend.fused_write_``."""
+        """Adds updates to the parameters in one launch.
+
+        Args:
+            params: contiguous parameters of one dtype.
+            updates: of their shapes, float32.
+            written: receive the changes of the parameters after rounding, float32.
+            rows: ``(len(params), 6)``, the fields of ``batch.Scalars``.
+            write: how.
+        """
         from butterfly_opt.triton_kernels.write import write_, write_table
 
         table = write_table(params, updates, written=written, streams=write.streams)
@@ -229,7 +191,7 @@ class TritonBackend(Backend):
         taken: Tensor,
         owned: Tensor | None,
     ) -> None:
-        """As ``Backend.fused_angle_step_``."""
+        """An angle step of ``refit.refit_sketch_``, in one or a few launches."""
         from butterfly_opt.triton_kernels.refit import refit_sketch_
 
         refit_sketch_(sketch.contiguous(), *state, steps=1, refit_lr=refit_lr, taken=taken, owned=owned)

@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from butterfly_opt.backend import Backend, FusedStep, FusedWrite
+from butterfly_opt.backend import Backend, FusedStep, FusedWrite, TritonBackend
 from butterfly_opt.basis import Basis
 from butterfly_opt.diagonal import regress
 from butterfly_opt.estimate import (
     SKETCH_BETA,
     Weight,
-    average_product_,
     pair_weights,
     update_axis_sketch_,
+    update_moments_,
 )
 from butterfly_opt.options import Options
 from butterfly_opt.pairs import advance_displacement_, average_
@@ -180,7 +180,7 @@ def take_steps(batches: Sequence[Batch], backend: Backend) -> None:
                 for tensor in batch.tensors:
                     tensor.freeze_missing(batch.basis)
             rotated = [batch.rotated_gradients() for batch in part]
-            if backend.has_fused_steps:
+            if isinstance(backend, TritonBackend):
                 updates = _take_fused_averages(part, rotated, backend)
             else:
                 updates = [take_averages(batch, grad) for batch, grad in zip(part, rotated, strict=True)]
@@ -208,34 +208,32 @@ def _chunks(batches: Sequence[Batch], elements: int) -> list[list[Batch]]:
 def take_averages(batch: Batch, grad: Tensor) -> Tensor:
     """Averages and direction of a batch: the rotated update. ``grad`` becomes the innovation."""
     scalars, options = batch.scalars, batch.options
-    secant = options["diagonal"] == "secant"
-    mean_grad, grad_sq = batch.stack("mean_grad"), batch.stack("grad_sq")
+    names = ["mean_grad", "grad_sq"] + (["disp_sq", "cross"] if options["diagonal"] == "secant" else [])
+    averages = {name: batch.stack(name) for name in names}
+    displacement = batch.stack("displacement") if "cross" in averages else None
+    mean_grad = averages["mean_grad"]
     delta_grad = grad.sub_(mean_grad)
     if scalars.usable is not None:
         delta_grad.masked_fill_(~scalars.usable, 0.0)
     average_(mean_grad, delta_grad, scalars.mean)
-    average_product_(grad_sq, delta_grad, delta_grad, scalars.square)
-    stored = {"mean_grad": mean_grad, "grad_sq": grad_sq}
-    if secant:
-        displacement, disp_sq, cross = batch.stack("displacement"), batch.stack("disp_sq"), batch.stack("cross")
-        average_product_(disp_sq, displacement, displacement, scalars.pair)
-        average_product_(cross, delta_grad, displacement, scalars.pair)
-        stored |= {"disp_sq": disp_sq, "cross": cross}
-        found = regress(grad_sq, disp_sq, cross, beta2=options["betas"][1], step=scalars.step, batched=True)
+    update_moments_(averages, delta_grad, displacement, weight=scalars.square, pair_weight=scalars.pair)
+    if displacement is not None:
+        moments = averages["grad_sq"], averages["disp_sq"], averages["cross"]
+        found = regress(*moments, beta2=options["betas"][1], step=scalars.step, batched=True)
         scale = found.noise.addcmul_(found.slope, found.slope).sqrt_()
     else:
-        scale = grad_sq.sqrt()
+        scale = averages["grad_sq"].sqrt()
     scale.add_(options["eps"]).clamp_min_(torch.finfo(scale.dtype).tiny)
     limit = options["max_update"]
     update = torch.div(mean_grad, scale, out=scale).clamp_(-limit, limit).mul_(-scalars.lr)
-    if secant and batch.is_exact:
+    if displacement is not None and batch.is_exact:
         advance_displacement_(displacement, update, scalars.mean)
-        stored["displacement"] = displacement
-    batch.store(**stored)
+        averages["displacement"] = displacement
+    batch.store(**averages)
     return update
 
 
-def _take_fused_averages(batches: Sequence[Batch], grads: Sequence[Tensor], backend: Backend) -> list[Tensor]:
+def _take_fused_averages(batches: Sequence[Batch], grads: Sequence[Tensor], backend: TritonBackend) -> list[Tensor]:
     """As ``take_averages``, of all batches together."""
     options = batches[0].options
     updates = [torch.empty_like(grad) for grad in grads]
@@ -291,7 +289,7 @@ def _write(batches: Sequence[Batch], changes: Sequence[Tensor], backend: Backend
                 write = Write(param, part, batch, row, ROUNDING_STREAMS + tensor.stream + index)
                 if param.grad is None:
                     written[param] = torch.zeros_like(part)
-                elif backend.has_fused_steps and param.is_contiguous():
+                elif isinstance(backend, TritonBackend) and param.is_contiguous():
                     fused[param.dtype].append(write)
                 elif tracked:
                     before = param.detach().clone()
@@ -299,8 +297,9 @@ def _write(batches: Sequence[Batch], changes: Sequence[Tensor], backend: Backend
                     written[param] = param.to(part.dtype) - before.to(part.dtype)
                 else:
                     write_one(write, options)
-    for writes in fused.values():
-        written |= _write_fused(writes, options, backend, track=tracked)
+    if isinstance(backend, TritonBackend):
+        for writes in fused.values():
+            written |= _write_fused(writes, options, backend, track=tracked)
     if tracked:
         for batch in batches:
             moved = stack(
@@ -328,7 +327,9 @@ def write_one(write: Write, options: Options) -> None:
     param.copy_(value)
 
 
-def _write_fused(writes: Sequence[Write], options: Options, backend: Backend, *, track: bool) -> dict[Tensor, Tensor]:
+def _write_fused(
+    writes: Sequence[Write], options: Options, backend: TritonBackend, *, track: bool
+) -> dict[Tensor, Tensor]:
     """The writes of parameters of one dtype; the changes after rounding with ``track``."""
     params = [write.param.detach() for write in writes]
     changes = [write.change for write in writes]

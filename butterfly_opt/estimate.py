@@ -158,10 +158,10 @@ def update_moments_(state: State, u: Tensor, w: Tensor | None, *, weight: Weight
         weight: weight of this value in ``A``.
         pair_weight: its weight in ``B`` and ``C``.
     """
-    average_product_(state["grad_sq"], u, u, weight)
+    _average_product_(state["grad_sq"], u, u, weight)
     if w is not None:
-        average_product_(state["disp_sq"], w, w, pair_weight)
-        average_product_(state["cross"], u, w, pair_weight)
+        _average_product_(state["disp_sq"], w, w, pair_weight)
+        _average_product_(state["cross"], u, w, pair_weight)
 
 
 def update_axis_sketch_(
@@ -209,7 +209,7 @@ def pair_weights(step: Weight, betas: tuple[float, float]) -> tuple[Weight, Weig
     return average_weight(betas[0], step), average_weight(betas[1], step), average_weight(betas[1], later)
 
 
-def average_product_(average: Tensor, x: Tensor, y: Tensor, weight: Weight) -> None:
+def _average_product_(average: Tensor, x: Tensor, y: Tensor, weight: Weight) -> None:
     """``average <- (1 - weight) average + weight x y``, in place."""
     if isinstance(weight, Tensor):
         average.mul_(1 - weight).addcmul_(x, y * weight)

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from butterfly_opt.backend import TORCH, Backend
+from butterfly_opt.backend import TORCH, Backend, TritonBackend
 from butterfly_opt.rotation import angle_curvature, angle_gradient, num_stages, pair_moments_pass_
 
 ANGLE_BETAS = (0.9, 0.99)
@@ -122,7 +122,7 @@ def refit_sketch_(
     parts = sketch.split(STEP_COLUMNS, dim=1)
     for step in range(steps):
         part = parts[step % len(parts)]
-        if backend.has_fused_steps:
+        if isinstance(backend, TritonBackend):
             backend.fused_angle_step_(part, state, refit_lr=refit_lr, taken=taken + step, owned=owned)
             continue
         u = backend.rotate(part, state.angles, dim=0, transpose=True)

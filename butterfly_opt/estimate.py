@@ -44,8 +44,8 @@ COUNTERS = ("step", "skipped", "restarts", "angle_steps")
 UNKNOWN = -1.0
 """Fingerprint before the first write."""
 
-SKETCH_COLUMNS = 32
-SKETCH_BETA = 0.9
+SKETCH_COLUMNS = 24
+SKETCH_BETA = 0.5
 """Decay of the sketches, in steps with a refit: only those add to them."""
 
 
@@ -116,7 +116,8 @@ def migrate_state(state: State) -> State:
     state = {**state, **counters, "version": STATE_VERSION}
     if "displacement" in state:
         state.setdefault("fingerprint", state["displacement"].new_full((), UNKNOWN))
-    # Sketches had fewer columns: zeros leave Z Z^T as it is. The averages of a scalar parameter were 0-d.
+    # Sketches had other numbers of columns: zeros leave Z Z^T as it is, and any of the columns estimate it up to
+    # a factor, which a refit ignores. The averages of a scalar parameter were 0-d.
     for name in [name for name in state if name.startswith("sketch")]:
         state[name] = torch.nn.functional.pad(state[name], (0, SKETCH_COLUMNS - state[name].shape[1]))
     averages = ("mean_grad", "grad_sq", "disp_sq", "cross", "displacement")

@@ -85,7 +85,7 @@ class Butterfly(Optimizer):
         NotImplementedError: for what is not implemented yet, and for distributed or sparse parameters.
 
     Cost, for an m x n matrix in float32: 8 bytes a parameter ("innovation") or 20 ("secant") and about
-    ``6 depth log2(n) + 128`` bytes for each row and column; two rotations a step and a refit, whose work
+    ``6 depth log2(n) + 96`` bytes for each row and column; two rotations a step and a refit, whose work
     grows with ``m + n`` only.
     """
 
@@ -98,13 +98,13 @@ class Butterfly(Optimizer):
         weight_decay: float = 0.0,
         *,
         structure: str = "axes",
-        depth: int = 2,
+        depth: int = 3,
         diagonal: str = "secant",
         pairs: str = "ema",
         scaling: str = "adam",
         refit_every: int = 10,
-        refit_steps: int = 4,
-        refit_lr: float = 0.06,
+        refit_steps: int = 8,
+        refit_lr: float = 0.04,
         max_update: float = 3.0,
         block_size: int | None = None,
         decoupled_weight_decay: bool = False,

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from butterfly_opt.backend import TORCH, Backend, TritonBackend
-from butterfly_opt.rotation import angle_curvature, angle_gradient, num_stages, pair_moments_pass_
+from butterfly_opt.rotation import StoredPass, angle_curvature, angle_gradient, num_stages, pair_moments_pass_
 
 ANGLE_BETAS = (0.9, 0.99)
 ANGLE_EPS = 1e-4
@@ -117,19 +117,20 @@ def refit_sketch_(
     Each step sees STEP_COLUMNS columns, the next ones in turn: many columns tell more of the second moment, and
     cost no more.
 
-    Cost: ``steps`` times three rotations of STEP_COLUMNS columns, and one of all.
+    Cost: ``steps`` times two rotations of STEP_COLUMNS columns, and one of all.
     """
     parts = sketch.split(STEP_COLUMNS, dim=1)
-    for step in range(steps):
-        part = parts[step % len(parts)]
-        if isinstance(backend, TritonBackend):
+    chosen = [parts[step % len(parts)] for step in range(steps)]
+    if isinstance(backend, TritonBackend):
+        for step, part in enumerate(chosen):
             backend.fused_angle_step_(part, state, refit_lr=refit_lr, taken=taken + step, owned=owned)
-            continue
-        u = backend.rotate(part, state.angles, dim=0, transpose=True)
-        gradient = backend.angle_gradient(u, one_sided_residual(u), state.angles, dim=0)
-        if owned is not None:
-            gradient.mul_(owned)
-        step_angles_(state, gradient, refit_lr=refit_lr, taken=taken + step)
+    else:
+        passes = StoredPass(parts[0], state.angles)
+        for step, part in enumerate(chosen):
+            gradient = passes.gradient(part, one_sided_residual, state.angles)
+            if owned is not None:
+                gradient.mul_(owned)
+            step_angles_(state, gradient, refit_lr=refit_lr, taken=taken + step)
     return backend.rotate(sketch, state.angles, dim=0, transpose=True)
 
 

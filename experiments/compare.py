@@ -102,7 +102,7 @@ def _run_here(run: Run) -> concurrent.futures.Future[Result]:
 
 
 @contextlib.contextmanager
-def _submitter(workers: int) -> Iterator[Callable[[Run], concurrent.futures.Future[Result]]]:
+def submitter(workers: int) -> Iterator[Callable[[Run], concurrent.futures.Future[Result]]]:
     """Gives the function that starts a run: in a process of a pool, or, with one worker, in this one."""
     if workers == 1:
         torch.set_num_threads(1)
@@ -140,7 +140,7 @@ def train_missing(
     def is_wanted(task: str, optimizer: str) -> bool:
         return task in tasks and task not in skipped and optimizer in optimizers
 
-    with _submitter(workers) as submit, bar:
+    with submitter(workers) as submit, bar:
         while True:
             current = plan(suite, store.loss_of)
             runs = {run.key: run for run, _ in current.runs if is_wanted(run.task, run.optimizer)}

@@ -28,7 +28,8 @@ def _style(suite_names: Sequence[str], name: str) -> dict[str, Any]:
     return {"color": colormaps["tab10"](index % 10), "linestyle": ("-", "--", ":")[index // 10 % 3]}
 
 
-def _new_figure(width: float, height: float, panels: int) -> tuple[Any, Sequence[Any]]:
+def new_figure(width: float, height: float, panels: int) -> tuple[Any, Sequence[Any]]:
+    """A figure of some inches with panels side by side, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
 
@@ -51,7 +52,7 @@ def _band(
 def draw_task(report: Report, task: str, path: Path) -> bool:
     """Smoothed loss (median and range over the seeds) against steps, evaluations and seconds; False without runs."""
     names = list(report.suite.optimizers)
-    figure, panels = _new_figure(15.0, 4.8, len(_AXES))
+    figure, panels = new_figure(15.0, 4.8, len(_AXES))
     lowest, highest = math.inf, -math.inf
     for name in report.suite.optimizers_of(task):
         pairs = [pair for pair in report.results(task, name).values() if pair[1].status == "ok"]
@@ -106,7 +107,7 @@ def _heat(axis: Any, report: Report, title: str, read: Callable[[Summary], float
 def draw_overview(report: Report, path: Path) -> None:
     """Steps and seconds to Adam's final loss, over Adam's, and the bytes of state, as three tables of colours."""
     rows = len({item.optimizer for item in report.summaries})
-    figure, panels = _new_figure(18.0, 2.5 + 0.35 * rows, 3)
+    figure, panels = new_figure(18.0, 2.5 + 0.35 * rows, 3)
     _heat(panels[0], report, "steps to Adam's final loss / Adam's", lambda item: item.steps_any.median, ratio=True)
     _heat(
         panels[1], report, "seconds to Adam's final loss / Adam's", lambda item: item.seconds_ratio.median, ratio=True

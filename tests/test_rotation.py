@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from butterfly_opt.rotation import (
+    StoredPass,
     angle_curvature,
     angle_gradient,
     angles_shape,
@@ -214,6 +215,20 @@ def test_unused_slots_have_no_derivative(n: int) -> None:
     unused = ~used_slots(n, num_stages(n))
     assert not angle_gradient(u, grad_u, angles, dim=0)[:, unused].any()
     assert not angle_curvature(u, grad_u, grad_u.square(), angles, dim=0)[:, unused].any()
+
+
+@pytest.mark.parametrize("n", [*LENGTHS[:-1], 96])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_stored_pass_equals_angle_gradient(n: int, depth: int) -> None:
+    """With the stages' outputs stored, in buffers that are used again, as by rotating back."""
+    weights = random_tensor(n, 4, seed=1)
+    passes = StoredPass(weights, torch.zeros(angles_shape(n, depth=depth)))
+    for scale in (1.0, 0.3):
+        angles = scale * random_angles(n, depth=depth) * used_slots(n, num_stages(n))
+        y = scale * random_tensor(n, 4, seed=2)
+        u = rotate(y, angles, dim=0, transpose=True)
+        expected = angle_gradient(u, weights * u, angles, dim=0)
+        assert_close(passes.gradient(y, lambda u: weights * u, angles), expected, torch.float64)
 
 
 def dense_tensor(angles: Tensor, n: int) -> Tensor:

@@ -1,0 +1,98 @@
+"""experiments.sensitivity, on a tiny suite."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from experiments import sensitivity
+from experiments.measure import Store
+from experiments.sensitivity import VALUES, default_of, relative_losses, trials
+from experiments.suite import load_suite
+
+TINY = """
+seeds: [0, 1]
+baselines: [adam]
+target: adam
+tasks:
+  poisson:
+    problem: {name: poisson, width: 4, layers: 1, points: 8}
+    steps: 3
+optimizers:
+  adam: {optimizer: {name: Adam}, lr: 1e-2}
+  butterfly: {optimizer: {name: Butterfly}, lr: 1e-2}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY, encoding="utf-8")
+    return path
+
+
+def run(path: Path, *arguments: str) -> int:
+    return sensitivity.main(["--suite", str(path), "--out", "out", "--workers", "1", *arguments])
+
+
+def test_every_default_is_among_the_values() -> None:
+    """The series share the run of the defaults: without it a loss could not be compared with anything."""
+    for name, values in VALUES.items():
+        assert default_of(name) in values
+
+
+def test_files(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny) == 0
+    assert capsys.readouterr().out == "results: out/sensitivity.png\n"
+    with Path("out/sensitivity.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(len(values) for values in VALUES.values())
+    assert len(list(Path("out/runs/poisson").iterdir())) == len(rows) - len(VALUES) + 1
+    assert Path("out/sensitivity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_changed_value_reaches_the_optimizer_and_ratios_are_of_the_defaults(tiny: Path) -> None:
+    assert run(tiny) == 0
+    suite = load_suite(tiny)
+    wanted = list(trials(suite, "butterfly", ["poisson"], [0]))
+    by_value = {(trial.name, trial.value): trial.run for trial in wanted}
+    assert by_value["depth", 1].component.keywords["depth"] == 1
+    assert by_value["lr", 4].lr == pytest.approx(4e-2)
+    assert by_value["depth", default_of("depth")].key == by_value["lr", 1].key
+    store = Store(Path("out"))
+    default = store.loss_of(by_value["lr", 1])
+    other = store.loss_of(by_value["betas", (0.8, 0.99)])
+    assert default is not None
+    assert other is not None
+    assert default != other
+    series = dict(relative_losses(wanted, store)["betas", "poisson"])
+    assert series[0.9, 0.99] == 1.0
+    assert series[0.8, 0.99] == pytest.approx(other / default)
+
+
+def test_it_goes_on_where_it_was_stopped(tiny: Path) -> None:
+    assert run(tiny) == 0
+    files = sorted(Path("out/runs/poisson").iterdir())
+    before = [file.stat().st_mtime_ns for file in files]
+    files[0].unlink()
+    assert run(tiny) == 0
+    after = [file.stat().st_mtime_ns for file in files]
+    assert after[1:] == before[1:]
+    assert after[0] != before[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "adam"], "must name a Butterfly"),
+        (["--optimizer", "buterfly"], "unknown optimizer 'buterfly'"),
+        (["--task", "posson"], "unknown task 'posson'"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+    ],
+)
+def test_mistakes(tiny: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert run(tiny, *arguments) == 2
+    assert message in capsys.readouterr().err

@@ -1,25 +1,29 @@
 """Times one optimizer step: `python -m experiments.bench_step [--output FILE]`.
 
-Butterfly (both diagonals, with and without refits of the basis) beside fused AdamW and, where
-pytorch_optimizer is installed, SOAP and Kron, on lists of parameters of real models with random
-gradients. Work that is not done in every step is spread over the steps: a sample is `steps` steps, after
-`warmup` steps that are not counted. Without a GPU small lists run.
+Butterfly (both diagonals, with and without refits of the basis, and its cheap preset) beside fused
+AdamW and, where pytorch_optimizer is installed, SOAP and Kron, on lists of parameters of real models
+with random gradients; and counts the bytes of their states. Work that is not done in every step is
+spread over the steps: a sample is `steps` steps, after `warmup` steps that are not counted. Without a
+GPU small lists run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from experiments.benchmarking import RowWriter, Timing, copy_bandwidth, environment, measure, note, parse_arguments
+from experiments.measure import state_bytes
 
 COLUMNS = (
     "parameters",
@@ -36,9 +40,10 @@ COLUMNS = (
     "elements_per_s",
     "copied_bytes_per_element",
     "copy_bytes_per_s",
+    "state_bytes_per_element",
 )
-REFIT_EVERY = 10
 REFIT_WARMUP = 100
+REFIT_EVERY = 10
 Shapes = list[tuple[int, ...]]
 
 
@@ -84,24 +89,34 @@ def gpu_lists() -> Iterator[tuple[str, Shapes]]:
 
 
 def cpu_lists() -> Iterator[tuple[str, Shapes]]:
-    """Small lists."""
+    """Small lists, the autoencoder of `configs/mnist_autoencoder.yaml`, and a long axis."""
+    widths = [784, 256, 64, 16, 64, 256, 784]
     yield "matrix 256x256", [(256, 256)]
     yield "MLP 64-128-64-10", [(128, 64), (128,), (64, 128), (64,), (10, 64), (10,)]
+    yield "autoencoder 784-256-64-16", [shape for i, o in itertools.pairwise(widths) for shape in ((o, i), (o,))]
+    yield "embedding 50000x64", [(50000, 64)]
 
 
 def entries() -> Iterator[Entry]:
-    """The optimizers. A refit of Butterfly happens in each of the first 100 steps, then every tenth."""
+    """The optimizers. A refit of Butterfly happens in each of the first 100 steps, then every tenth (or twentieth)."""
     from butterfly_opt import Butterfly
 
     yield Entry("AdamW", "fused", lambda params: torch.optim.AdamW(params, fused=True), steps=10, warmup=10)
-    for diagonal in ("innovation", "secant"):
-        for refit_steps in (0, 4):
-
-            def build(params: list[Tensor], diagonal: str = diagonal, refit_steps: int = refit_steps) -> Optimizer:
-                return Butterfly(params, diagonal=diagonal, refit_steps=refit_steps, refit_every=REFIT_EVERY)
-
-            yield Entry("Butterfly", f"{diagonal} refit_steps={refit_steps}", build, steps=REFIT_EVERY,
-                        warmup=REFIT_WARMUP if refit_steps else 10)  # fmt: skip
+    variants: list[dict[str, Any]] = [
+        {"diagonal": "innovation", "refit_steps": 0},
+        {"diagonal": "innovation"},
+        {"diagonal": "secant", "refit_steps": 0},
+        {"diagonal": "secant"},
+        {"diagonal": "innovation", "depth": 1, "refit_steps": 4, "refit_every": 20},
+    ]
+    for options in variants:
+        yield Entry(
+            "Butterfly",
+            " ".join(f"{name}={value}" for name, value in options.items()),
+            functools.partial(Butterfly, **options),
+            steps=options.get("refit_every", REFIT_EVERY),
+            warmup=10 if options.get("refit_steps") == 0 else REFIT_WARMUP,
+        )
     if importlib.util.find_spec("pytorch_optimizer") is None:
         note("pytorch_optimizer is not installed: the rows of SOAP and Kron are skipped")
         return
@@ -120,8 +135,8 @@ def entries() -> Iterator[Entry]:
                 steps=100, warmup=20)  # fmt: skip
 
 
-def time_entry(entry: Entry, shapes: Shapes, device: torch.device, *, milliseconds: int) -> Timing:
-    """Seconds of one step. Two sets of gradients take turns: constant ones have no innovation."""
+def time_entry(entry: Entry, shapes: Shapes, device: torch.device, *, milliseconds: int) -> tuple[Timing, int]:
+    """Seconds of one step, and bytes of state. Two sets of gradients take turns: constant ones have no innovation."""
     generator = torch.Generator(device).manual_seed(0)
     params: list[Tensor] = [
         torch.nn.Parameter(torch.randn(shape, device=device, generator=generator) * 0.02) for shape in shapes
@@ -137,7 +152,8 @@ def time_entry(entry: Entry, shapes: Shapes, device: torch.device, *, millisecon
             optimizer.step()
 
     advance(entry.warmup)
-    return measure(lambda: advance(entry.steps), device, milliseconds=milliseconds, calls=entry.steps)
+    timing = measure(lambda: advance(entry.steps), device, milliseconds=milliseconds, calls=entry.steps)
+    return timing, state_bytes([optimizer])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             elements = sum(torch.Size(shape).numel() for shape in shapes)
             for entry in all_entries:
                 try:
-                    timing = time_entry(entry, shapes, device, milliseconds=milliseconds)
+                    timing, held = time_entry(entry, shapes, device, milliseconds=milliseconds)
                 except torch.OutOfMemoryError:
                     note(f"{entry.name} ({entry.options}) on {label} is skipped: out of memory")
                     continue
@@ -177,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "elements_per_s": elements / timing.median,
                     "copied_bytes_per_element": timing.median * copy / elements,
                     "copy_bytes_per_s": copy,
+                    "state_bytes_per_element": held / elements,
                 })  # fmt: skip
     return 0
 

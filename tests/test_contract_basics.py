@@ -88,7 +88,7 @@ def test_groups_with_overrides() -> None:
     assert not torch.equal(second[0], start[0])
     assert opt.state[first[0]]["angles0"].shape == (1, 3, 3)
     n = sum(param.numel() for param in second)
-    assert opt.state[second[0]]["angles0"].shape == (2, 7, n // 2)
+    assert opt.state[second[0]]["angles0"].shape == (opt.defaults["depth"], 7, n // 2)
     assert "displacement" not in opt.state[second[0]]
     assert second[1] not in opt.state
     assert third[0] in opt.state

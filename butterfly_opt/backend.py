@@ -194,6 +194,9 @@ class TritonBackend(Backend):
         """An angle step of ``refit.refit_sketch_``, in one or a few launches."""
         from butterfly_opt.triton_kernels.refit import refit_sketch_
 
+        whole = state[0].shape
+        taken = taken.expand(whole).contiguous() if taken.dim() else taken
+        owned = None if owned is None else owned.expand(whole).contiguous()
         refit_sketch_(sketch.contiguous(), *state, steps=1, refit_lr=refit_lr, taken=taken, owned=owned)
 
 

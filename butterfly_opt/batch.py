@@ -145,7 +145,7 @@ def group_alike(tensors: Sequence[TensorStep], backend: Backend) -> list[list[Te
         layout, owner = tensor.layout, tensor.layout.owner
         key: Any = owner
         if owner.numel() <= backend.max_stacked and len(layout.params) == 1:
-            key = (layout.shape, owner.dtype, owner.device, tensor.refit_is_due, tensor.known_step)
+            key = (layout.shape, owner.dtype, owner.device, tensor.steps_to_refit, tensor.known_step)
         alike[key].append(tensor)
     return list(alike.values())
 
@@ -185,7 +185,7 @@ def take_steps(batches: Sequence[Batch], backend: Backend) -> None:
             else:
                 updates = [take_averages(batch, grad) for batch, grad in zip(part, rotated, strict=True)]
             for batch, delta_grad in zip(part, rotated, strict=True):
-                if batch.tensors[0].refit_is_due:
+                if batch.tensors[0].sketch_is_due:
                     _take_sketches(batch, delta_grad, backend)
             changes = [batch.basis.from_rotated(update) for batch, update in zip(part, updates, strict=True)]
             _write(part, changes, backend)
@@ -248,7 +248,7 @@ def _take_fused_averages(batches: Sequence[Batch], grads: Sequence[Tensor], back
 
 
 def _take_sketches(batch: Batch, delta_grad: Tensor, backend: Backend) -> None:
-    """Takes the innovations into the sketches that the refit of this step reads."""
+    """Takes the innovations into the sketches that the next refit reads."""
     first, scalars = batch.tensors[0], batch.scalars
     grad_sq = batch.stack("grad_sq")
     for axis, dim in enumerate(first.layout.rotated):
@@ -257,6 +257,7 @@ def _take_sketches(batch: Batch, delta_grad: Tensor, backend: Backend) -> None:
             sketch,
             delta_grad,
             grad_sq,
+            batch.basis.rotations[axis][1],
             dim=dim + 1,
             seed=batch.options["seed"],
             stream=2 * first.stream + axis,

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from butterfly_opt.diagonal import regress
-from butterfly_opt.estimate import angle_states
+from butterfly_opt.estimate import angle_states, rotated_axes
 from butterfly_opt.options import has_clean_pairs
 from butterfly_opt.refit import last_angle_step
+from butterfly_opt.rotation import rotate
 from butterfly_opt.update import TensorStep
 
 QUANTILES = (0.1, 0.5, 0.9)
@@ -37,8 +38,11 @@ def describe(tensor: TensorStep) -> dict[str, Any]:
     if tensor.layout.rotated and not has_clean_pairs(options):
         taken = state["angle_steps"]
         lengths = [last_angle_step(axis, options["refit_lr"], taken) for axis in angle_states(tensor.layout, state)]
-        numbers["angle_change"] = [options["refit_steps"] * length.abs().mean().item() for length in lengths]
-        sketches = [state[f"sketch{axis}"] for axis in range(len(tensor.layout.rotated))]
+        numbers["angle_change"] = [tensor.refit_steps * length.abs().mean().item() for length in lengths]
+        sketches = [
+            rotate(state[f"sketch{axis}"], angles, dim=0, transpose=True)
+            for axis, (_, angles) in enumerate(rotated_axes(tensor.layout, state))
+        ]
         numbers["off_diagonal"] = [off_diagonal_share(sketch).item() for sketch in sketches]
     return numbers
 

@@ -1,6 +1,6 @@
 """The running estimate of one tensor: its state, how a pair updates it, what it says.
 
-All averages live in the rotated basis, which is what saves rotations: a step rotates the gradient
+All averages but the sketches live in the rotated basis, which is what saves rotations: a step rotates the gradient
 forth and the update back, and only a refit moves the averages to the new basis. The state is a plain
 dictionary of tensors and numbers, in the form that ``torch.optim.Optimizer.state`` keeps:
 
@@ -13,7 +13,8 @@ dictionary of tensors and numbers, in the form that ``torch.optim.Optimizer.stat
     displacement  s (secant)                       disp_sq, cross   B = E[w^2], C = E[u w] (secant)
     angles{i}     angles of the i-th rotated axis  angle_steps  0-d, angle steps taken
     angle_mean{i}, angle_square{i}                 averages of their gradients (noisy pairs)
-    sketch{i}     (n_i, SKETCH_COLUMNS)            running sketch of its second moment (noisy pairs)
+    sketch{i}     (n_i, SKETCH_COLUMNS)            running sketch of its second moment, in original
+                                                   coordinates (noisy pairs)
     angle_curvature{i}                             average of their curvatures (clean pairs, matrices)
     angle_moments{i}                               averages behind them (clean pairs, vectors)
     energy        0-d, E[mean u^2] (same_batch)
@@ -27,17 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from butterfly_opt.backend import TORCH, Backend
+from butterfly_opt.backend import TORCH, Backend, Rotation
 from butterfly_opt.basis import Basis
 from butterfly_opt.layout import TensorLayout
 from butterfly_opt.pairs import average_weight
 from butterfly_opt.refit import CURVATURE_BETA, AngleState, refit_jacobi_, refit_pair_, two_sided_scale
+from butterfly_opt.rotation import rotate
 from butterfly_opt.sketch import random_signs, update_sketch_
 
 State = dict[str, Any]
 Weight = float | Tensor
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 COUNTERS = ("step", "skipped", "restarts", "angle_steps")
 """0-d float32, on the device of the parameters: counted without the host."""
 
@@ -45,8 +47,8 @@ UNKNOWN = -1.0
 """Fingerprint before the first write."""
 
 SKETCH_COLUMNS = 24
-SKETCH_BETA = 0.5
-"""Decay of the sketches, in steps with a refit: only those add to them."""
+SKETCH_BETA = 0.7
+"""Decay of the sketches, in steps that add to them."""
 
 
 def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str, clean: bool) -> State:
@@ -108,18 +110,20 @@ def migrate_state(state: State) -> State:
         if "step" in state:
             raise ValueError(f"this state was not written by Butterfly: it holds {', '.join(map(str, state))}")
         return state
-    if state["version"] not in (1, STATE_VERSION):
+    if state["version"] not in range(1, STATE_VERSION + 1):
         raise ValueError(
             f"this state has format version {state['version']}, this Butterfly reads up to {STATE_VERSION}"
         )
+    old = state["version"] < STATE_VERSION
     counters = {name: torch.as_tensor(float(state.get(name, 0.0))) for name in COUNTERS}
     state = {**state, **counters, "version": STATE_VERSION}
     if "displacement" in state:
         state.setdefault("fingerprint", state["displacement"].new_full((), UNKNOWN))
     # Sketches had other numbers of columns: zeros leave Z Z^T as it is, and any of the columns estimate it up to
-    # a factor, which a refit ignores. The averages of a scalar parameter were 0-d.
-    for name in [name for name in state if name.startswith("sketch")]:
-        state[name] = torch.nn.functional.pad(state[name], (0, SKETCH_COLUMNS - state[name].shape[1]))
+    # a factor, which a refit ignores. They were in rotated coordinates. The averages of a scalar parameter were 0-d.
+    for name in [name for name in state if name.startswith("sketch") and old]:
+        sketch = rotate(state[name], state[name.replace("sketch", "angles")], dim=0)
+        state[name] = torch.nn.functional.pad(sketch, (0, SKETCH_COLUMNS - sketch.shape[1]))
     averages = ("mean_grad", "grad_sq", "disp_sq", "cross", "displacement")
     return state | {name: state[name].reshape(1) for name in averages if name in state and state[name].dim() == 0}
 
@@ -169,6 +173,7 @@ def update_axis_sketch_(
     sketch: Tensor,
     u: Tensor,
     grad_sq: Tensor,
+    rotation: Rotation,
     *,
     dim: int,
     seed: int,
@@ -177,16 +182,17 @@ def update_axis_sketch_(
     weight: Weight,
     backend: Backend = TORCH,
 ) -> None:
-    """Takes stacked ``u`` into the running sketches of one rotated axis, in the rotated basis, in place.
+    """Takes stacked ``u`` into the running sketches of one rotated axis, in place.
 
     The columns are weighted by ``mean(A)^(-1/4)`` along the axis, so that no few columns of large
     gradients decide the basis of all (each enters ``Y Y^T`` by the root of its energy); by the nearest
     power of two, which keeps the product exact on every device.
 
     Args:
-        sketch: ``(B, n, SKETCH_COLUMNS)``.
+        sketch: ``(B, n, SKETCH_COLUMNS)``, in original coordinates: those outlast the basis.
         u: rotated innovations ``(B, *shape)``.
         grad_sq: ``A``, the same shape.
+        rotation: of the axis.
         dim: the axis, counted with the stack, >= 1.
         seed: as for ``random_signs``, like ``stream`` and ``step``.
         stream: see there.
@@ -201,7 +207,8 @@ def update_axis_sketch_(
     # Relative to their mean: the rounding must not depend on the scale of the loss.
     scale = (magnitude - magnitude.mean(1, keepdim=True)).mul_(-0.25).round_().exp2_()
     weighted = signs.view(len(u), -1, SKETCH_COLUMNS) * scale
-    update_sketch_(sketch, backend.sketch_product(u, weighted, dim=dim), weight=weight)
+    product = backend.sketch_product(u, weighted, dim=dim)
+    update_sketch_(sketch, rotation.rotate(product, dim=1), weight=weight)
 
 
 def pair_weights(step: Weight, betas: tuple[float, float]) -> tuple[Weight, Weight, Weight]:

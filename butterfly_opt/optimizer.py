@@ -64,7 +64,7 @@ class Butterfly(Optimizer):
             the step, for clean pairs at the cost of a gradient.
         scaling: "adam" makes a dimensionless step; "newton" makes the step ``lr D g`` in parameter units:
             lr = 1 is a full quasi-Newton step, for full or large batches.
-        refit_every: steps between two refits of the basis (every step during the first 100).
+        refit_every: steps between two refits of the basis (at most 2 during the first 100).
         refit_steps: angle steps in a refit.
         refit_lr: length of an angle step in radians; it shrinks as the basis settles.
         max_update: no rotated coordinate moves by more than ``lr * max_update`` in one step.
@@ -72,7 +72,8 @@ class Butterfly(Optimizer):
         decoupled_weight_decay: AdamW's decay.
         maximize: ascend.
         capturable: make ``step`` safe to capture in a CUDA graph: nothing is read on the host, and every step
-            refits the basis (replays are all alike), at the cost of about two more rotations a step.
+            refits the basis (replays are all alike) with half of ``refit_steps``, at the cost of about two
+            more rotations a step.
         on_nonfinite: "skip" leaves out the step of a tensor (in "flat", of its group) whose gradient is not
             finite, and counts it (see ``diagnostics``); "raise" raises, and on a GPU waits for it.
         stochastic_rounding: round bfloat16 parameters up or down at random, without bias.
@@ -98,13 +99,13 @@ class Butterfly(Optimizer):
         weight_decay: float = 0.0,
         *,
         structure: str = "axes",
-        depth: int = 3,
+        depth: int = 2,
         diagonal: str = "secant",
         pairs: str = "ema",
         scaling: str = "adam",
-        refit_every: int = 10,
+        refit_every: int = 20,
         refit_steps: int = 8,
-        refit_lr: float = 0.04,
+        refit_lr: float = 0.05,
         max_update: float = 3.0,
         block_size: int | None = None,
         decoupled_weight_decay: bool = False,
@@ -424,14 +425,14 @@ class Butterfly(Optimizer):
                     (t.state[f"sketch{axis}"], angle_states(t.layout, t.state)[axis], t.state["angle_steps"])
                     for t, axis in axes
                 ],
-                steps=options["refit_steps"],
+                steps=axes[0][0].refit_steps,
                 refit_lr=options["refit_lr"],
                 usable=[t.usable for t, _ in axes if t.usable is not None] or None,
                 backend=backend,
             )
         for batch in batches:
             for tensor in batch.tensors:
-                steps = tensor.options["refit_steps"]
+                steps = tensor.refit_steps
                 tensor.state["angle_steps"] += steps if tensor.usable is None else steps * tensor.usable
             move_averages_(batch.tensors, batch.basis, self._basis(batch.tensors))
 

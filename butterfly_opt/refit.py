@@ -99,7 +99,7 @@ def refit_sketch_(
     taken: Tensor,
     owned: Tensor | None = None,
     backend: Backend = TORCH,
-) -> Tensor:
+) -> None:
     """Fits the angles of an axis, or of a pack of axes, to a sketch with the one-sided criterion.
 
     Args:
@@ -107,17 +107,14 @@ def refit_sketch_(
         state: angles and averages, updated in place.
         steps: angle steps.
         refit_lr: length of the first step in radians.
-        taken: number of angle steps taken before these; 0-d, or of the shape of the angles.
+        taken: number of angle steps taken before these; 0-d, or broadcast to the angles.
         owned: 1 at the slots of a pack that belong to one of its axes, 0 at those between two axes.
         backend: what carries out the rotations.
-
-    Returns:
-        ``Q^T Z`` in the new basis.
 
     Each step sees STEP_COLUMNS columns, the next ones in turn: many columns tell more of the second moment, and
     cost no more.
 
-    Cost: ``steps`` times two rotations of STEP_COLUMNS columns, and one of all.
+    Cost: ``steps`` times two rotations of STEP_COLUMNS columns.
     """
     parts = sketch.split(STEP_COLUMNS, dim=1)
     chosen = [parts[step % len(parts)] for step in range(steps)]
@@ -131,7 +128,6 @@ def refit_sketch_(
             if owned is not None:
                 gradient.mul_(owned)
             step_angles_(state, gradient, refit_lr=refit_lr, taken=taken + step)
-    return backend.rotate(sketch, state.angles, dim=0, transpose=True)
 
 
 def refit_pair_(
@@ -231,12 +227,6 @@ def pack_rows(packing: Packing, parts: Sequence[Tensor]) -> Tensor:
     return packed
 
 
-def unpack_rows_(packing: Packing, packed: Tensor, parts: Sequence[Tensor]) -> None:
-    """The inverse of ``pack_rows``: writes into ``parts``."""
-    for part, offset in zip(parts, packing.offsets, strict=True):
-        part.copy_(packed[offset : offset + part.shape[0]])
-
-
 def pack_angles(packing: Packing, parts: Sequence[Tensor]) -> Tensor:
     """Copies ``(depth, num_stages_i, n_i // 2)`` tensors to their slots in one such tensor of the pack."""
     packed = parts[0].new_zeros(parts[0].shape[0], packing.stages, packing.total // 2)
@@ -259,10 +249,10 @@ def refit_pack_(
     usable: Sequence[Tensor] | None = None,
     backend: Backend = TORCH,
 ) -> None:
-    """Refits axes of any lengths together, in place: their angles, averages and sketches.
+    """Refits axes of any lengths together, in place: their angles and averages.
 
     Args:
-        axes: for each its sketch in rotated coordinates, its angles and averages, and the number of angle
+        axes: for each its sketch in original coordinates, its angles and averages, and the number of angle
             steps taken before, 0-d.
         steps: angle steps.
         refit_lr: length of the first angle step in radians.
@@ -275,12 +265,13 @@ def refit_pack_(
     packed = AngleState(*(part.clone() for part in before)) if usable is not None else before
 
     def spread(values: Sequence[Tensor]) -> Tensor:
-        return pack_angles(packing, [value.expand_as(s.angles) for value, s in zip(values, states, strict=True)])
+        """A number of each axis in its slots of the pack, ``(1, num_stages, slots)``: for all butterflies."""
+        parts = [value.expand_as(s.angles[:1]) for value, s in zip(values, states, strict=True)]
+        return pack_angles(packing, parts)
 
     scales = [sketch.square().mean().sqrt().clamp_min(torch.finfo(sketch.dtype).tiny) for sketch in sketches]
-    unit = pack_rows(packing, [sketch / scale for sketch, scale in zip(sketches, scales, strict=True)])
-    refitted = refit_sketch_(
-        backend.rotate(unit, packed.angles, dim=0),
+    refit_sketch_(
+        pack_rows(packing, [sketch / scale for sketch, scale in zip(sketches, scales, strict=True)]),
         packed,
         steps=steps,
         refit_lr=refit_lr,
@@ -288,10 +279,6 @@ def refit_pack_(
         owned=spread([torch.ones_like(count) for count in taken]),
         backend=backend,
     )
-    refitted_rows = [sketch.new_empty(sketch.shape) for sketch in sketches]
-    unpack_rows_(packing, refitted, refitted_rows)
     changed = None if usable is None else spread(usable)
     for parts, old, new in zip(zip(*states, strict=True), before, packed, strict=True):
         unpack_angles_(packing, new if changed is None else torch.where(changed, new, old), parts)
-    for i, (sketch, rows, scale) in enumerate(zip(sketches, refitted_rows, scales, strict=True)):
-        sketch.copy_(rows * scale if usable is None else torch.where(usable[i], rows * scale, sketch))

@@ -184,7 +184,8 @@ class StoredPass:
             torch.mul(grad_lo, out_hi, out=moment).addcmul_(grad_hi, out_lo, value=-1)
             torch.mul(grad_lo, cos, out=lo).addcmul_(grad_hi, sin, value=-1)
             torch.mul(grad_hi, cos, out=hi).addcmul_(grad_lo, sin)
-        return self.moments.sum(-1)[..., : self.slots].contiguous()
+        # The sum over the columns, which a product does several times faster than a sum over a short dimension.
+        return (self.moments @ self.moments.new_ones(self.moments.shape[-1]))[..., : self.slots].contiguous()
 
 
 def angle_curvature(u: Tensor, grad_u: Tensor, weights: Tensor, angles: Tensor, *, dim: int = -1) -> Tensor:

@@ -7,6 +7,7 @@ diagonal estimate (``diagonal``) the steps of clean pairs are
     scaling "newton"   theta -= lr Q clip( D Q^T g, +-kappa ),  D = tau / sqrt(V)    parameter units
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +25,10 @@ MAX_ROTATED_GRAD = 1e18
 """Rotated gradients are cut here: their squares, summed over a tensor, stay finite in float32."""
 
 REFIT_WARMUP = 100
-"""First steps of a tensor, in each of which its basis is refitted: most of the fit happens there."""
+"""First steps of a tensor, in which its basis is refitted more often: most of the fit happens there."""
+
+SKETCH_STEPS = 2
+"""Steps up to a refit whose innovations enter the sketches; also the steps between two refits at first."""
 
 CURVATURE_SHARE = 0.2
 
@@ -66,12 +70,33 @@ class TensorStep:
         return any(param.grad is None for param in self.layout.params)
 
     @property
-    def refit_is_due(self) -> bool:
-        """Whether the basis is refitted in this step. A captured step is always the same: it refits."""
+    def steps_to_refit(self) -> float:
+        """Steps from this one to the next that refits the basis. A captured step is always the same: it refits."""
         calls, options = self.state["calls"], self.options
         if not (options["refit_steps"] and self.layout.rotated):
-            return False
-        return options["capturable"] or calls <= REFIT_WARMUP or calls % options["refit_every"] == 0
+            return math.inf
+        if options["capturable"]:
+            return 0
+        interval = options["refit_every"]
+        if calls <= REFIT_WARMUP:
+            interval = 1 if has_clean_pairs(options) else min(interval, SKETCH_STEPS)
+        return -calls % interval
+
+    @property
+    def refit_is_due(self) -> bool:
+        """Whether the basis is refitted in this step."""
+        return self.steps_to_refit == 0
+
+    @property
+    def sketch_is_due(self) -> bool:
+        """Whether the innovations of this step enter the sketches."""
+        return self.steps_to_refit < SKETCH_STEPS
+
+    @property
+    def refit_steps(self) -> int:
+        """Angle steps in a refit; captured ones, in each step, share those of the refits at first."""
+        steps = self.options["refit_steps"]
+        return -(-steps // SKETCH_STEPS) if self.options["capturable"] else steps
 
     def parameters(self) -> Tensor:
         """The parameters as one tensor in the dtype of the state; it may alias them."""

@@ -42,7 +42,7 @@ VALUES: dict[str, Sequence[Any]] = {
     "depth": (1, 2, 3, 4),
     "refit_every": (5, 10, 20, 40),
     "refit_steps": (0, 2, 4, 8, 16),
-    "refit_lr": (0.01, 0.02, 0.04, 0.08),
+    "refit_lr": (0.0125, 0.025, 0.05, 0.1),
 }
 """The values of each hyper-parameter; of `lr` multiples of the suite's rate."""
 

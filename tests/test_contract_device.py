@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from butterfly_opt import Butterfly
+from butterfly_opt.update import SKETCH_STEPS
 
 TOLERANCE = 2e-6
 """Weights of averages are float32 tensors here and doubles there; 20 steps of 1e-2."""
@@ -33,8 +34,10 @@ class NoHostReads(TorchDispatchMode):
 
 
 def run(options: dict[str, Any], *, capturable: bool, bad_step: int | None) -> tuple[list[Tensor], Butterfly]:
+    """Captured or not, with two angle steps in each step."""
     params = make_params()
-    opt = Butterfly(params, lr=1e-2, capturable=capturable, **{"refit_steps": 2, **options})
+    often = {"refit_steps": 2 * SKETCH_STEPS} if capturable else {"refit_steps": 2, "refit_every": 1}
+    opt = Butterfly(params, lr=1e-2, capturable=capturable, **{**often, **options})
     for step in range(20):
         set_grads(params, step)
         if step == bad_step and params[0].grad is not None:

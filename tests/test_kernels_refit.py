@@ -60,9 +60,10 @@ def check(
     exact = refit.AngleState(*(tensor.double() for tensor in state))
     again = [tensor.clone() for tensor in state]
     common = {"steps": steps, **OPTIONS}
-    expected = refit.refit_sketch_(
+    refit.refit_sketch_(
         sketch.double(), exact, taken=taken.double(), owned=owned.double() if owned is not None else None, **common
     )
+    expected = rotation.rotate(sketch.double(), exact.angles, dim=0, transpose=True)
     before = sketch.clone()
     result = kernels.refit_sketch_(sketch, *state, taken=taken, owned=owned, **common, **options)
     assert relative_error(result, expected) < TOLERANCE

@@ -25,7 +25,6 @@ from butterfly_opt.refit import (
     step_angles_,
     two_sided_scale,
     unpack_angles_,
-    unpack_rows_,
 )
 from butterfly_opt.rotation import angles_shape, num_stages, rotate
 
@@ -63,23 +62,18 @@ def test_pack_refits_each_axis_as_alone(lengths: list[int], depth: int) -> None:
     states = [new_state(n, depth, seed=100 + i) for i, n in enumerate(lengths)]
     taken = [torch.tensor(float(10 * i), dtype=torch.float64) for i in range(len(lengths))]
     alone = [clone(state) for state in states]
-    rotated = [
+    for z, state, count in zip(sketches, alone, taken, strict=True):
         refit_sketch_(z, state, steps=3, refit_lr=0.05, taken=count)
-        for z, state, count in zip(sketches, alone, taken, strict=True)
-    ]
     packing = pack_axes(lengths)
     packed = AngleState(*(pack_angles(packing, parts) for parts in zip(*states, strict=True)))
     owned = pack_angles(packing, [torch.ones_like(state.angles) for state in states])
     counts = pack_angles(packing, [c.expand_as(s.angles) for c, s in zip(taken, states, strict=True)])
-    result = refit_sketch_(pack_rows(packing, sketches), packed, steps=3, refit_lr=0.05, taken=counts, owned=owned)
+    refit_sketch_(pack_rows(packing, sketches), packed, steps=3, refit_lr=0.05, taken=counts, owned=owned)
     for parts, whole in zip(zip(*states, strict=True), packed, strict=True):
         unpack_angles_(packing, whole, parts)
-    unpack_rows_(packing, result, sketches)
     for actual, expected in zip(states, alone, strict=True):
         for name, left, right in zip(AngleState._fields, actual, expected, strict=True):
             torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-13, msg=lambda text, n=name: f"{n}: {text}")
-    for actual, expected in zip(sketches, rotated, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [1, 1, 1], [3, 100, 7, 1000]])
@@ -96,16 +90,17 @@ def test_pack_places_axes_apart_at_multiples_of_their_width(lengths: list[int]) 
     assert packing.stages == max(num_stages(n) for n in lengths)
 
 
-def test_pack_and_unpack_are_inverse() -> None:
+def test_packing_keeps_everything() -> None:
     rows = [sketch_of(n, seed=n) for n in LENGTHS]
     angles = [new_state(n, 2, seed=n).angles for n in LENGTHS]
     packing = pack_axes(LENGTHS)
-    new_rows, new_angles = [torch.empty_like(r) for r in rows], [torch.empty_like(a) for a in angles]
-    packed = pack_rows(packing, rows)
-    unpack_rows_(packing, packed, new_rows)
+    new_angles = [torch.empty_like(a) for a in angles]
     unpack_angles_(packing, pack_angles(packing, angles), new_angles)
-    for left, right in zip(rows + angles, new_rows + new_angles, strict=True):
+    for left, right in zip(angles, new_angles, strict=True):
         assert torch.equal(left, right)
+    packed = pack_rows(packing, rows)
+    for row, offset in zip(rows, packing.offsets, strict=True):
+        assert torch.equal(packed[offset : offset + len(row)], row)
     assert packed.count_nonzero() == sum(LENGTHS) * COLUMNS
 
 
@@ -186,7 +181,8 @@ def test_refit_recovers_a_planted_basis(n: int, factor: float, excess: float, se
     mixed = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
     root = root @ mixed / root.square().mean().sqrt()
     state = zero_state(n)
-    u = refit_sketch_(root, state, steps=400, refit_lr=0.05, taken=torch.tensor(0.0))
+    refit_sketch_(root, state, steps=400, refit_lr=0.05, taken=torch.tensor(0.0))
+    u = rotate(root, state.angles, dim=0, transpose=True)
     best = (torch.linalg.svdvals(root) / n**0.5).sum().item()
     left = (criterion(u) - best) / (criterion(root) - best)
     print(
@@ -194,15 +190,13 @@ def test_refit_recovers_a_planted_basis(n: int, factor: float, excess: float, se
     )
     assert off_diagonal(u) < off_diagonal(root) / factor
     assert -1e-9 < left < excess
-    torch.testing.assert_close(u, rotate(root, state.angles, dim=0, transpose=True))
 
 
 def test_zero_sketch_leaves_angles_unchanged() -> None:
     for state in (zero_state(13, depth=2), new_state(13, 2, seed=1)._replace(mean=torch.zeros(2, 4, 6).double())):
         before = state.angles.clone()
-        out = refit_sketch_(torch.zeros(13, 8).double(), state, steps=5, refit_lr=0.06, taken=torch.tensor(0.0))
+        refit_sketch_(torch.zeros(13, 8).double(), state, steps=5, refit_lr=0.06, taken=torch.tensor(0.0))
         assert torch.equal(state.angles, before)
-        assert not out.any()
 
 
 @pytest.mark.parametrize("factor", [2.0**20, 2.0**-40, 1e6, 1e-12])
@@ -213,7 +207,7 @@ def test_angles_do_not_depend_on_the_scale_of_the_gradients(factor: float) -> No
         params = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in ((13, 6), (5, 4))]
         opt = Butterfly(params, lr=0.0, diagonal="innovation")
         generator = torch.Generator().manual_seed(0)
-        for _ in range(3):
+        for _ in range(4):
             for param, size in zip(params, (scale, 1.0), strict=True):
                 param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64) * size
             opt.step()

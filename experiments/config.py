@@ -51,7 +51,7 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that defines a training run."""
+    """Everything that defines a training run; `dtype` is that of the model, data stay as they are."""
 
     dataset: DatasetConfig
     model: Component
@@ -61,6 +61,7 @@ class Config:
     batch_size: int = 128
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     run_dir: str | None = None
     eval_every: int = 100
     checkpoint_every: int = 100

@@ -28,14 +28,17 @@ def _style(suite_names: Sequence[str], name: str) -> dict[str, Any]:
     return {"color": colormaps["tab10"](index % 10), "linestyle": ("-", "--", ":")[index // 10 % 3]}
 
 
-def new_figure(width: float, height: float, panels: int) -> tuple[Any, Sequence[Any]]:
-    """A figure of some inches with panels side by side, drawn without a display."""
+def new_figure(width: float, height: float, panels: int, *, rows: int = 1) -> tuple[Any, Sequence[Any]]:
+    """A figure of some inches with panels in rows, drawn without a display; places left over stay empty."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    places = figure.subplots(rows, -(-panels // rows), squeeze=False).ravel()
+    for place in places[panels:]:
+        place.remove()
+    return figure, list(places[:panels])
 
 
 def _band(

@@ -84,7 +84,7 @@ class Images:
         trainer, train = self._trainer, self._trainer.data.train
         indices = batch.to(trainer.device)
         inputs = trainer.task.prepare(train.images[indices])
-        return trainer.task.loss(self.model(inputs), inputs, train.targets[indices])
+        return trainer.task.loss(trainer.forward(inputs), inputs, train.targets[indices])
 
     def metric(self) -> float:
         """Accuracy as a fraction, or the loss of a reconstruction, over the whole test set."""

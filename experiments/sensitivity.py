@@ -129,7 +129,7 @@ def write_csv(wanted: Sequence[Trial], store: Store, path: Path) -> None:
 def draw(series: dict[tuple[str, str], list[tuple[Any, float]]], path: Path) -> None:
     """A panel for each hyper-parameter, a line for each task; a grey line at the default, diverged runs at the top."""
     names = list(dict.fromkeys(name for name, _ in series))
-    figure, panels = new_figure(2.6 * len(names), 3.6, len(names))
+    figure, panels = new_figure(2.7 * -(-len(names) // 2), 6.0, len(names), rows=2)
     finite = [ratio for line in series.values() for _, ratio in line if math.isfinite(ratio)]
     low, high = 0.95 * min(finite), 1.05 * max(finite)
     for axis, name in zip(panels, names, strict=True):
@@ -142,9 +142,12 @@ def draw(series: dict[tuple[str, str], list[tuple[Any, float]]], path: Path) -> 
         labels = ["/".join(f"{x:g}" for x in value) if isinstance(value, tuple) else str(value) for value in ticks]
         axis.set_xticks(range(len(ticks)), labels, rotation=40, ha="right", fontsize=8)
         axis.set(title=f"{name} (multiples)" if name == "lr" else name, yscale="log", ylim=(low, high * 1.02))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="both", labelsize=8)
         axis.grid(True, axis="y", which="both", color="0.92", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("final training loss / that of the defaults")
+    figure.supylabel("final training loss / that of the defaults", fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     figure.savefig(path)

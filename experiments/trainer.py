@@ -64,19 +64,26 @@ class Trainer:
         self.task: Task = Reconstruction(self.data) if is_reconstruction else Classification(self.data)
         self.batches = BatchSampler(len(data.train.targets), batch_size=config.batch_size, seed=config.seed)
         torch.manual_seed(config.seed)
-        self.model: nn.Module = build_model(config.model, data.image_shape, data.num_classes).to(device)
+        self.model: nn.Module = build_model(config.model, data.image_shape, data.num_classes).to(
+            device, getattr(torch, config.dtype)
+        )
         self.optimizer: Optimizer = build_optimizer(config.optimizer, self.model.parameters())
         self.scheduler: LambdaLR = build_scheduler(self.optimizer, config.schedule, config.steps)
         self.step = 0
         self.seconds = 0.0
         self.recent_losses: deque[float] = deque(maxlen=_FINAL_LOSSES)
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The output of the model for float32 inputs, in float32 as the losses want it."""
+        output: Tensor = self.model(inputs.to(getattr(torch, self.config.dtype)))
+        return output.float()
+
     def train_step(self) -> Tensor:
         """Takes one step and returns the loss before it, a scalar on the device."""
         indices = self.batches.draw().to(self.device)
         inputs = self.task.prepare(self.data.train.images[indices])
         self.optimizer.zero_grad()
-        loss = self.task.loss(self.model(inputs), inputs, self.data.train.targets[indices])
+        loss = self.task.loss(self.forward(inputs), inputs, self.data.train.targets[indices])
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.scheduler.step()
@@ -93,7 +100,7 @@ class Trainer:
             torch.split(test.images, _EVALUATION_BATCH), torch.split(test.targets, _EVALUATION_BATCH), strict=True
         ):
             inputs = self.task.prepare(images)
-            output = self.model(inputs)
+            output = self.forward(inputs)
             loss += float(self.task.loss(output, inputs, targets)) * len(targets)
             if self.task.has_accuracy:
                 correct += int(self.task.num_correct(output, targets))

@@ -341,6 +341,14 @@ def test_an_autoencoder_has_no_accuracy(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.usefixtures("no_curves")
+def test_bfloat16_parameters() -> None:
+    assert train.main([*QUICK, "dtype=bfloat16", "run_dir=a"]) == 0
+    checkpoint = torch.load("a/checkpoint.pt", weights_only=True)
+    assert {value.dtype for value in checkpoint["model"].values()} == {torch.bfloat16}
+    assert all(0 < float(row["train_loss"]) < 10 for row in read_rows("a"))
+
+
+@pytest.mark.usefixtures("no_curves")
 def test_diagnostics_reach_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

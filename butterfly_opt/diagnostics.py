@@ -37,8 +37,9 @@ def describe(tensor: TensorStep) -> dict[str, Any]:
             numbers["curvature_quantiles"] = _quantiles(found.slope / found.tau)
     if tensor.layout.rotated and not has_clean_pairs(options):
         taken = state["angle_steps"]
-        lengths = [last_angle_step(axis, options["refit_lr"], taken) for axis in angle_states(tensor.layout, state)]
-        numbers["angle_change"] = [tensor.refit_steps * length.abs().mean().item() for length in lengths]
+        if taken > 0:
+            lengths = [last_angle_step(axis, options["refit_lr"], taken) for axis in angle_states(tensor.layout, state)]
+            numbers["angle_change"] = [tensor.refit_steps * length.abs().mean().item() for length in lengths]
         sketches = [
             rotate(state[f"sketch{axis}"], angles, dim=0, transpose=True)
             for axis, (_, angles) in enumerate(rotated_axes(tensor.layout, state))

@@ -48,7 +48,7 @@ UNKNOWN = -1.0
 
 SKETCH_COLUMNS = 24
 SKETCH_BETA = 0.7
-"""Decay of the sketches, in steps that add to them."""
+"""Decay of the sketches, in steps that add to them; beta1 where that is smaller."""
 
 
 def new_state(layout: TensorLayout, *, depth: int, diagonal: str, pairs: str, clean: bool) -> State:

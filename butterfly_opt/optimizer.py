@@ -5,7 +5,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from butterfly_opt.basis import Basis
 from butterfly_opt.batch import Batch, make_batches, move_averages_, take_steps
 from butterfly_opt.diagnostics import describe
 from butterfly_opt.estimate import (
+    STATE_VERSION,
     State,
     angle_states,
     migrate_state,
@@ -34,6 +35,14 @@ from butterfly_opt.refit import refit_pack_
 from butterfly_opt.update import CleanStep, TensorStep, known_displacement, take_clean_step
 
 _INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+class _KnownBasis(NamedTuple):
+    """A basis with the owners of its tensors, and the angles with the versions that it was built from."""
+
+    owners: list[Tensor]
+    made_of: list[tuple[Tensor, int]]
+    basis: Basis
 
 
 class Butterfly(Optimizer):
@@ -140,7 +149,7 @@ class Butterfly(Optimizer):
             "backend": backend,
         }
         validate(cast(dict[str, Any], defaults))
-        self._bases: dict[Tensor, tuple[list[tuple[Tensor, int]], Basis]] = {}
+        self._bases: dict[Tensor, _KnownBasis] = {}
         self._known_skips = 0
         super().__init__(params, cast(dict[str, Any], defaults))
 
@@ -149,6 +158,9 @@ class Butterfly(Optimizer):
         for group in self.param_groups:
             for name in Options.__annotations__:  # a state of before an option existed
                 group.setdefault(name, self.defaults[name])
+        for own in self.state.values():  # a pickle of before the present format
+            if own.get("version", STATE_VERSION) < STATE_VERSION:
+                own.update(migrate_state(own))
         self._bases = {}
         self._known_skips = 0
 
@@ -383,15 +395,20 @@ class Butterfly(Optimizer):
         first = tensors[0]
         axes = [rotated_axes(tensor.layout, tensor.state) for tensor in tensors]
         made_of = [(angle, angle._version) for tensor_axes in axes for _, angle in tensor_axes]
-        known, basis = self._bases.get(first.layout.owner, ([], None))
-        if basis is not None and [(id(a), v) for a, v in known] == [(id(a), v) for a, v in made_of]:
-            return basis
+        owners = [tensor.layout.owner for tensor in tensors]
+        known = self._bases.get(owners[0])
+        if known is not None and [(id(a), v) for a, v in known.made_of] == [(id(a), v) for a, v in made_of]:
+            return known.basis
         stacked = axes[0]
         if len(tensors) > 1:
             stacked = [(same[0][0], torch.stack([angle for _, angle in same])) for same in zip(*axes, strict=True)]
         basis = Basis(first.layout.shape, stacked, self._backend(first))
         if not first.options["capturable"]:
-            self._bases[first.layout.owner] = made_of, basis
+            # A tensor is in one basis only: what it shared with others goes, or freezing would leave stacks behind.
+            for outdated in [self._bases[owner] for owner in owners if owner in self._bases]:
+                for owner in outdated.owners:
+                    self._bases.pop(owner, None)
+            self._bases |= dict.fromkeys(owners, _KnownBasis(owners, made_of, basis))
         return basis
 
     @staticmethod

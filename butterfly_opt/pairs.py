@@ -29,7 +29,9 @@ def average_weight(beta: float, step: float | Tensor) -> float | Tensor:
         step: number of values including the newest, >= 1; a number, or a 0-d tensor (then the result
             is one too and nothing is read on the host).
     """
-    return (1 - beta) / (1 - beta**step)
+    weight = (1 - beta) / (1 - beta**step)
+    # In float32 the first weight is 1 up to rounding: above it, 1 - weight would have no root.
+    return weight.clamp_max(1.0) if isinstance(weight, Tensor) else weight
 
 
 def average_(average: Tensor, change: Tensor, weight: float | Tensor) -> None:

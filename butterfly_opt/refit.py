@@ -32,11 +32,14 @@ import torch
 from torch import Tensor
 
 from butterfly_opt.backend import TORCH, Backend, TritonBackend
-from butterfly_opt.rotation import StoredPass, angle_curvature, angle_gradient, num_stages, pair_moments_pass_
+from butterfly_opt.rotation import StoredPass, angle_curvature, angle_gradient, num_stages, pair_moments_pass_, rotate
 
 ANGLE_BETAS = (0.9, 0.99)
 ANGLE_EPS = 1e-4
 STEP_COLUMNS = 8
+MAX_STORED = 1 << 26
+"""Numbers that a refit in torch keeps beside the state."""
+
 SETTLING_STEPS = 800
 NEWTON_DAMPING = 0.5
 MAX_NEWTON_STEP = 0.3
@@ -111,23 +114,59 @@ def refit_sketch_(
         owned: 1 at the slots of a pack that belong to one of its axes, 0 at those between two axes.
         backend: what carries out the rotations.
 
-    Each step sees STEP_COLUMNS columns, the next ones in turn: many columns tell more of the second moment, and
-    cost no more.
+    Each step sees STEP_COLUMNS columns, from the first ones on in turn: many columns tell more of the second
+    moment, and cost no more.
 
-    Cost: ``steps`` times two rotations of STEP_COLUMNS columns.
+    Cost: ``steps`` times two rotations of STEP_COLUMNS columns; memory at most MAX_STORED numbers, or a few
+    copies of those columns where not even one axis fits.
     """
-    parts = sketch.split(STEP_COLUMNS, dim=1)
-    chosen = [parts[step % len(parts)] for step in range(steps)]
     if isinstance(backend, TritonBackend):
-        for step, part in enumerate(chosen):
+        for step, part in enumerate(_columns_in_turn(sketch, steps)):
             backend.fused_angle_step_(part, state, refit_lr=refit_lr, taken=taken + step, owned=owned)
-    else:
-        passes = StoredPass(parts[0], state.angles)
-        for step, part in enumerate(chosen):
+        return
+    n, (depth, stages, _) = sketch.shape[0], state.angles.shape
+    # Blocks of rows that no stage mixes can be refitted one part after the other.
+    rows = max(1, MAX_STORED // _stored_numbers(depth, stages, 1 << stages)) << stages
+    for start in range(0, n, rows):
+        columns = _columns_in_turn(sketch[start : start + rows], steps)
+        own = (..., slice(num_stages(len(columns[0]))), slice(start // 2, min(start + rows, n) // 2))
+        _refit_rows_(
+            columns,
+            AngleState(*(part[own] for part in state)),
+            refit_lr=refit_lr,
+            taken=taken[own] if taken.dim() else taken,
+            owned=None if owned is None else owned[own],
+        )
+
+
+def _stored_numbers(depth: int, stages: int, rows: int) -> int:
+    """Numbers that a ``StoredPass`` of STEP_COLUMNS columns keeps, at least 1; it fills up the last block."""
+    padded = -(-rows >> stages) << stages
+    return max(1, 5 * depth * stages * padded * STEP_COLUMNS // 2)
+
+
+def _columns_in_turn(sketch: Tensor, steps: int) -> list[Tensor]:
+    """The columns that each of the angle steps sees."""
+    parts = sketch.split(STEP_COLUMNS, dim=1)
+    return [parts[step % len(parts)] for step in range(steps)]
+
+
+def _refit_rows_(
+    columns: Sequence[Tensor], state: AngleState, *, refit_lr: float, taken: Tensor, owned: Tensor | None
+) -> None:
+    """``refit_sketch_`` of some rows, in torch."""
+    depth, stages, _ = state.angles.shape
+    is_stored = _stored_numbers(depth, stages, len(columns[0])) <= MAX_STORED
+    passes = StoredPass(columns[0], state.angles) if is_stored else None
+    for step, part in enumerate(columns):
+        if passes is not None:
             gradient = passes.gradient(part, one_sided_residual, state.angles)
-            if owned is not None:
-                gradient.mul_(owned)
-            step_angles_(state, gradient, refit_lr=refit_lr, taken=taken + step)
+        else:
+            rotated = rotate(part, state.angles, dim=0, transpose=True)
+            gradient = angle_gradient(rotated, one_sided_residual(rotated), state.angles, dim=0)
+        if owned is not None:
+            gradient.mul_(owned)
+        step_angles_(state, gradient, refit_lr=refit_lr, taken=taken + step)
 
 
 def refit_pair_(
@@ -260,7 +299,9 @@ def refit_pack_(
         backend: what carries out the rotations.
     """
     sketches, states, taken = zip(*axes, strict=True)
-    packing = pack_axes([sketch.shape[0] for sketch in sketches])
+    # Blocks of a longer vector have fewer stages than their length.
+    stages = max(state.angles.shape[1] for state in states)
+    packing = pack_axes([sketch.shape[0] for sketch in sketches])._replace(stages=stages)
     before = AngleState(*(pack_angles(packing, parts) for parts in zip(*states, strict=True)))
     packed = AngleState(*(part.clone() for part in before)) if usable is not None else before
 

@@ -66,6 +66,17 @@ def test_the_forbidden_reads_are_noticed() -> None:
         torch.ones(()).item()
 
 
+@pytest.mark.parametrize("betas", [(0.8, 0.98), (0.98, 0.999), (0.0, 0.0)])
+def test_any_betas_keep_a_run_on_the_device_finite(betas: tuple[float, float]) -> None:
+    params = make_params()
+    opt = Butterfly(params, lr=1e-2, betas=betas, capturable=True)
+    for step in range(4):
+        set_grads(params, step)
+        opt.step()
+    assert all(torch.isfinite(value).all() for value in values(params))
+    assert all(torch.isfinite(v).all() for state in snapshot(opt) for v in state.values() if isinstance(v, Tensor))
+
+
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
 def test_a_skipped_step_leaves_no_trace(options: dict[str, Any]) -> None:
     params = make_params()

@@ -16,6 +16,7 @@ from contract import MODES, assert_same, every_mode, make_params, snapshot, thro
 from torch import Tensor, nn
 
 from butterfly_opt import Butterfly
+from butterfly_opt.rotation import rotate
 
 
 def through_deepcopy(opt: Butterfly, params: list[nn.Parameter], options: dict[str, Any]) -> tuple:
@@ -82,6 +83,36 @@ def test_state_of_an_unknown_format_is_refused() -> None:
     saved["state"][0]["version"] = 99
     with pytest.raises(ValueError, match="format version 99, this Butterfly reads"):
         Butterfly(make_params()).load_state_dict(saved)
+
+
+def test_a_pickle_of_the_former_format_trains_on() -> None:
+    """Version 2 had sketches in rotated coordinates, of more columns."""
+    params = make_params()
+    opt = Butterfly(params)
+    train(opt, params, range(3))
+    for state in opt.state.values():
+        state["version"] = 2
+        for name in [name for name in state if name.startswith("sketch")]:
+            angles = state[name.replace("sketch", "angles")]
+            state[name] = rotate(state[name], angles, dim=0, transpose=True)[:, :20]
+    loaded, new = through_pickle(opt, params, {})
+    expected = next(iter(opt.state.values()))["sketch0"], next(iter(opt.state.values()))["angles0"]
+    sketch = next(iter(loaded.state.values()))["sketch0"]
+    torch.testing.assert_close(sketch[:, :20], rotate(expected[0], expected[1], dim=0))
+    train(loaded, new, range(3, 6))
+    assert all(torch.isfinite(param).all() for param in new)
+
+
+def test_freezing_leaves_no_stacked_bases_behind() -> None:
+    params = [nn.Parameter(torch.zeros(6, 6)) for _ in range(8)]
+    opt = Butterfly(params)
+    for kept in range(8, 0, -1):
+        for index, param in enumerate(params):
+            param.grad = torch.ones(6, 6) if index >= 8 - kept else None
+        opt.step()
+    known = {id(entry): entry for entry in opt._bases.values()}.values()
+    owners = [id(owner) for entry in known for owner in entry.owners]
+    assert len(owners) == len(set(owners)) <= len(params)
 
 
 @pytest.mark.parametrize("change", [{"depth": 1}, {"diagonal": "innovation"}, {"structure": "flat"}])

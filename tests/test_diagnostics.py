@@ -33,6 +33,13 @@ def test_plain_numbers_for_every_group_and_tensor() -> None:
     assert sum(group["state_bytes"] for group in groups) == sum(t.numel() * t.element_size() for t in tensors)
 
 
+def test_no_change_of_angles_is_known_before_the_first_refit() -> None:
+    params = make_params()
+    opt = Butterfly(params)
+    train(opt, params, range(1))
+    assert all("angle_change" not in tensor for tensor in opt.diagnostics()[0]["tensors"])
+
+
 def test_curvature_and_noise_of_a_quadratic() -> None:
     curvature = torch.logspace(-1, 1, 20)
     param = nn.Parameter(torch.randn(20, generator=torch.Generator().manual_seed(0)))

@@ -112,6 +112,12 @@ def test_average_weight_of_a_tensor_step() -> None:
     assert all(a > b > 0.1 for a, b in pairwise(values))
 
 
+def test_average_weight_of_a_float32_step_is_at_most_1() -> None:
+    """Rounded up, it would make the root of ``1 - weight`` NaN: so for every sixth beta on this grid."""
+    step = torch.ones(())
+    assert all(average_weight(thousandths / 1000, step) <= 1 for thousandths in range(1000))
+
+
 def moments(shape: tuple[int, ...], *, noise: float, seed: int, pairs: int = 40) -> tuple[np.ndarray, ...]:
     """A, B, C of ``pairs`` random pairs with curvatures of both signs; and the curvatures."""
     rng = np.random.default_rng(seed)

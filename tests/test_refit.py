@@ -8,6 +8,7 @@ import reference
 import torch
 from torch import Tensor
 
+from butterfly_opt import refit
 from butterfly_opt.optimizer import Butterfly
 from butterfly_opt.refit import (
     ANGLE_BETAS,
@@ -26,7 +27,7 @@ from butterfly_opt.refit import (
     two_sided_scale,
     unpack_angles_,
 )
-from butterfly_opt.rotation import angles_shape, num_stages, rotate
+from butterfly_opt.rotation import StoredPass, angles_shape, num_stages, rotate
 
 LENGTHS = [5, 1, 64, 2, 13, 6]
 COLUMNS = 8
@@ -74,6 +75,41 @@ def test_pack_refits_each_axis_as_alone(lengths: list[int], depth: int) -> None:
     for actual, expected in zip(states, alone, strict=True):
         for name, left, right in zip(AngleState._fields, actual, expected, strict=True):
             torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-13, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("numbers", [1 << 16, 1 << 13, 0])
+@pytest.mark.parametrize("lengths", [[64, 64, 64, 40, 5], [100, 7], [64, 64, 1]])
+def test_a_refit_in_little_memory_is_the_same(
+    lengths: list[int], numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts of some axes, of one, and without storing the stages."""
+    packing = pack_axes(lengths)
+    states = [new_state(n, 2, seed=i) for i, n in enumerate(lengths)]
+    whole = AngleState(*(pack_angles(packing, parts) for parts in zip(*states, strict=True)))
+    owned = pack_angles(packing, [torch.ones_like(state.angles) for state in states])
+    parted = clone(whole)
+    columns = pack_rows(packing, [sketch_of(n, seed=i) for i, n in enumerate(lengths)])
+    refit_sketch_(columns, whole, steps=3, refit_lr=0.05, taken=owned, owned=owned)
+    monkeypatch.setattr(refit, "MAX_STORED", numbers)
+    refit_sketch_(columns, parted, steps=3, refit_lr=0.05, taken=owned, owned=owned)
+    for actual, expected in zip(parted, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_blocks_of_a_long_vector_are_refitted_with_their_own_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def noted(columns: Tensor, angles: Tensor) -> StoredPass:
+        shapes.append(tuple(angles.shape))
+        return StoredPass(columns, angles)
+
+    monkeypatch.setattr(refit, "StoredPass", noted)
+    param = torch.nn.Parameter(torch.zeros(100))
+    opt = Butterfly([param], structure="flat", block_size=16)
+    for seed in range(2):
+        param.grad = torch.randn(100, generator=torch.Generator().manual_seed(seed))
+        opt.step()
+    assert {shape[1] for shape in shapes} == {4}
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [1, 1, 1], [3, 100, 7, 1000]])

@@ -1,11 +1,12 @@
-"""A whole refit on sketches in one launch: for each window of rows, all angle steps without leaving the chip.
+"""Angle steps on a sketch in one launch: for each window of rows, all of them without leaving the chip.
 
 Formula. ``butterfly_opt.refit.refit_sketch_``, for a sketch ``Z`` of k columns, ``steps`` times:
 
     u = Q^T Z;  dL/du = u / sqrt(mean u^2) / k;  dL/dangles by rotating back;  Adam on the angles,
     angles -= rate / (1 - beta1^t) mean / (sqrt(square / (1 - beta2^t)) + eps),  rate = refit_lr / (1 + (t - 1) / 800)
 
-with t the angle steps including this one, and then ``Q^T Z`` in the new basis.
+with t the angle steps including this one, and then ``Q^T Z`` in the new basis. ``Butterfly`` launches it once for
+each angle step, since the next one sees other columns.
 
 Layout. ``Z`` is ``(n, k)``, the angles ``(depth, stages, n // 2)``. Stages never cross an aligned window of
 ``W = 2**stages`` rows, so a window is a problem of its own: one program holds its tile ``(1, W, k)`` and
@@ -172,7 +173,9 @@ def refit_sketch_(
     owned: Tensor | None = None,
     max_tile: int = launch.MAX_TILE,
 ) -> Tensor:
-    """Fits the angles of an axis, or of a pack of axes, to a sketch; equals ``butterfly_opt.refit.refit_sketch_``.
+    """Fits the angles of an axis, or of a pack of axes, to at most 8 columns of a sketch.
+
+    Equals ``butterfly_opt.refit.refit_sketch_`` on them.
 
     Args:
         sketch: ``Z`` in the original coordinates, ``(n, k)``, float32, contiguous, k <= 8.

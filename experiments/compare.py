@@ -171,7 +171,6 @@ def train_missing(
 
 def write_report(suite: Suite, store: Store, notes: Sequence[str]) -> None:
     """Writes runs.csv, report.md and the figures from the results there are."""
-    store.folder.mkdir(parents=True, exist_ok=True)
     report = Report(suite, store)
     write_csv(report, store.folder / "runs.csv")
     (store.folder / "report.md").write_text(format_report(report, notes=notes), encoding="utf-8")
@@ -183,6 +182,9 @@ def _command(argv: Sequence[str] | None) -> int:
     suite = load_suite(arguments.suite, arguments.overrides)
     tasks = select(suite.tasks, arguments.task, "task")
     optimizers = select(suite.optimizers, arguments.optimizer, "optimizer")
+    for name in arguments.optimizer:
+        if not any(name in suite.optimizers_of(task) for task in tasks):
+            raise ConfigError(f"the suite leaves '{name}' out of {', '.join(tasks)} (`without`)")
     device = choose_device(suite.device)
     suite, notes = _drop_missing(dataclasses.replace(suite, device="cuda" if device.type == "cuda" else "cpu"))
     store = Store(arguments.out or Path("runs") / arguments.suite.stem)

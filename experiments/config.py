@@ -211,7 +211,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
             raise ConfigError(f"{key} must be at least {low} (and below 2**63), got {value}")
     warmup = config.schedule.warmup_steps
     if not 0 <= warmup <= config.steps:
-        raise ConfigError(f"schedule.warmup_steps must be between 0 and steps ({config.steps}), got {warmup}")
+        raise ConfigError(f"schedule.warmup_steps must be between 0 and steps ({config.steps}), got {warmup}; set both")
     return config
 
 

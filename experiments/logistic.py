@@ -100,6 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--l2", type=float, default=0.01, help="regularisation (default: 0.01)")
     parser.add_argument("--limit", type=int, default=1000, help="give up after so many steps (default: 1000)")
     arguments = parser.parse_args(argv)
+    if not 0 <= arguments.l2 < float("inf"):
+        parser.error(f"--l2 must be a finite number >= 0, got {arguments.l2}")
+    if arguments.limit < 1:
+        parser.error(f"--limit must be at least 1, got {arguments.limit}")
     problem = Problem(arguments.l2)
     print("| optimizer | best lr | gradient evaluations |\n|---|---|---|")
     for name, (grid, make) in contenders().items():

@@ -161,9 +161,17 @@ def measure(run: Run) -> Result:
 
 
 class Store:
-    """The results of a suite, one file a run: `<folder>/runs/<task>/<optimizer>-...-<digest>.json`."""
+    """The results of a suite, one file a run: `<folder>/runs/<task>/<optimizer>-...-<digest>.json`.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
 
     def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make the output folder {folder}: {error.strerror}") from error
         self.folder = folder
         self._loaded: dict[str, Result] = {}
 

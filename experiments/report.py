@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,9 +73,9 @@ class Summary:
     """One line of the table: an optimizer on a task, at its best rate, over the seeds.
 
     Attributes:
-        steps_full: evaluations to Adam's loss over Adam's steps, in the run of full length.
+        steps_full: evaluations to Adam's loss over Adam's own to it, in the run of full length.
         steps_any: the same, the smallest over the lengths that were run, each with its own schedule.
-        seconds, seconds_ratio: training time to Adam's loss, the smallest over the lengths; over Adam's time.
+        seconds, seconds_ratio: training time to Adam's loss, the smallest over the lengths; over Adam's own.
         step_ms, mean_step_ms: median and mean time of a step.
         covered: of the distance between Adam's and the target's median loss; None if the target is not better.
     """
@@ -167,10 +167,8 @@ class Report:
         ok = [result for _, result in pairs.values() if result.status == "ok"]
         final = Spread.of(result.final_loss for _, result in pairs.values())
         adam = self.adam(task)
-        adam_seconds = {
-            seed: self.time_to_adam(run, result)[1]
-            for seed, (run, result) in (self.results(task, adam) if adam is not None else {}).items()
-        }
+        adams = self.results(task, adam) if adam is not None else {}
+        own = {seed: self.time_to_adam(run, result) for seed, (run, result) in adams.items()}
         full = {seed: self.time_to_adam(run, result) for seed, (run, result) in pairs.items()}
         reached = dict(full)
         for fraction in self.suite.fractions:
@@ -178,7 +176,14 @@ class Report:
                 steps, seconds = self.time_to_adam(run, result)
                 best = reached.get(seed, (math.inf, math.inf))
                 reached[seed] = min(steps, best[0]), min(seconds, best[1])
-        total = self.suite.tasks[task].steps
+
+        def over_adams(times: Mapping[int, tuple[float, float]], which: int) -> Spread:
+            never = (math.inf, math.inf)
+            return Spread.of(
+                time[which] / own[seed][which] if math.isfinite(own.get(seed, never)[which]) else math.inf
+                for seed, time in times.items()
+            )
+
         metrics = [result.metric for result in ok if result.metric is not None]
         return Summary(
             task=task,
@@ -189,13 +194,10 @@ class Report:
             final_loss=final,
             metric_name=next(iter(pairs.values()))[1].metric_name,
             metric=Spread.of(metrics) if metrics else None,
-            steps_full=Spread.of(steps / total for steps, _ in full.values()),
-            steps_any=Spread.of(steps / total for steps, _ in reached.values()),
+            steps_full=over_adams(full, 0),
+            steps_any=over_adams(reached, 0),
             seconds=Spread.of(seconds for _, seconds in reached.values()),
-            seconds_ratio=Spread.of(
-                seconds / adam_seconds[seed] if math.isfinite(adam_seconds.get(seed, math.inf)) else math.inf
-                for seed, (_, seconds) in reached.items()
-            ),
+            seconds_ratio=over_adams(reached, 1),
             step_ms=statistics.median(result.step_ms for result in ok) if ok else math.nan,
             mean_step_ms=statistics.median(mean_step_ms(result) for result in ok) if ok else math.nan,
             bytes_per_param=max((result.state_bytes / result.num_params for result in ok), default=math.nan),
@@ -264,16 +266,23 @@ def _task_lines(report: Report, task: str) -> list[str]:
                 item.final_loss.text(".4g", missing="diverged")
                 + (f" ({lost} of {item.num_seeds} lost)" if lost else ""),
                 item.metric.text(style) if item.metric is not None else "-",
-                item.steps_full.text(".2f"),
-                item.steps_any.text(".2f"),
-                item.seconds.text(".3g"),
-                item.seconds_ratio.text(".2f"),
+                *(
+                    "-" if adam is None else spread.text(style)
+                    for spread, style in (
+                        (item.steps_full, ".2f"),
+                        (item.steps_any, ".2f"),
+                        (item.seconds, ".3g"),
+                        (item.seconds_ratio, ".2f"),
+                    )
+                ),
                 f"{item.step_ms:.2f} ({item.mean_step_ms:.2f})",
                 f"{item.bytes_per_param:.2f}",
                 "-" if item.covered is None else f"{item.covered:.0%}",
             ]
         )
-    return [f"## {task}", "", *_table(header, rows), *_lost_lines(report, task)]
+    unknown = f"Of {' and '.join(report.suite.baselines)} none has run: no loss to reach.\n"
+    notes = [unknown] if adam is None and report.suite.baselines else []
+    return [f"## {task}", "", *_table(header, rows), *notes, *_lost_lines(report, task)]
 
 
 def _lost_lines(report: Report, task: str) -> list[str]:
@@ -307,28 +316,25 @@ def _fraction_lines(report: Report) -> list[str]:
 
 def _robust_lines(report: Report) -> list[str]:
     """Each optimizer in `robust` against the better baseline at the same rate."""
-    groups: dict[tuple[str, str], dict[str, list[float]]] = {}
-    rates: dict[tuple[str, str], float] = {}
+    groups: dict[tuple[str, str, float], dict[str, list[float]]] = {}
+    labels: dict[tuple[str, str, float], list[str]] = {}  # two roles may come to one rate: one row
     for run, roles, result in report.runs.values():
         for role in [role for role in roles if " at " in role]:
-            groups.setdefault((run.task, role), {}).setdefault(run.optimizer, []).append(result.final_loss)
-            rates[run.task, role] = run.lr
+            name, label = role.split(" at ")
+            known = labels.setdefault((run.task, name, run.lr), [])
+            if label not in known:
+                known.append(label)
+            if label == known[0]:
+                by_name = groups.setdefault((run.task, name, run.lr), {})
+                by_name.setdefault(run.optimizer, []).append(result.final_loss)
     rows = []
-    for (task, role), by_name in groups.items():
-        name = role.split(" at ")[0]
+    for (task, name, lr), by_name in groups.items():
         adam = [Spread.of(losses) for item, losses in by_name.items() if item in report.suite.baselines]
         if name in by_name and adam:
             own, other = Spread.of(by_name[name]), min(adam)
+            losses = (item.text(".4g", missing="diverged") for item in (own, other))
             verdict = "yes" if own.median <= other.median else "**no**"
-            rows.append(
-                [
-                    task,
-                    role,
-                    f"{rates[task, role]:g}",
-                    *(item.text(".4g", missing="diverged") for item in (own, other)),
-                    verdict,
-                ]
-            )
+            rows.append([task, f"{name} at {', '.join(labels[task, name, lr])}", f"{lr:g}", *losses, verdict])
     if not rows:
         return []
     header = ["task", "run", "lr", "final train loss", "Adam at this lr", "at most Adam's"]
@@ -344,8 +350,8 @@ def format_report(report: Report, *, notes: Sequence[str]) -> str:
         f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} CPUs, "
         f"device {suite.device}, one thread a run; butterfly_opt {code_digest()}. Seeds {suite.seeds}; "
         "medians over the seeds with [min, max]; each optimizer at its best rate of a grid searched with seed "
-        f"{suite.seeds[0]}. Steps are gradient evaluations, as a fraction of Adam's steps; Adam is the best of "
-        f"{', '.join(suite.baselines)} on each task; the target is {suite.target}.",
+        f"{suite.seeds[0]}. Steps are gradient evaluations, over those after which Adam itself stays at its final "
+        f"loss; Adam is the best of {', '.join(suite.baselines)} on each task; the target is {suite.target}.",
         "",
         *(f"{note}\n" for note in notes),
     ]

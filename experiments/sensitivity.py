@@ -77,16 +77,21 @@ def trials(suite: Suite, optimizer: str, tasks: Sequence[str], seeds: Sequence[i
                     yield Trial(name, value, run)
 
 
-def train_missing(wanted: Sequence[Trial], store: Store, workers: int) -> None:
-    """Makes the runs that have no result yet."""
+def train_missing(wanted: Sequence[Trial], store: Store, workers: int) -> Iterator[str]:
+    """Makes the runs that have no result yet.
+
+    Yields:
+        Notes on tasks that are skipped because their data are absent.
+    """
     missing = {trial.run.key: trial.run for trial in wanted if store.load(trial.run) is None}
     total = len({trial.run.key for trial in wanted})
     with submitter(workers) as submit, tqdm(total=total, initial=total - len(missing), unit="run") as bar:
         queue = iter(missing.values())
         in_flight: dict[concurrent.futures.Future[Any], Run] = {}
+        skipped: set[str] = set()
         while True:
             # One at a time with one worker, which trains in this process.
-            for run in queue:
+            for run in (run for run in queue if run.task not in skipped):
                 in_flight[submit(run)] = run
                 if len(in_flight) >= workers:
                     break
@@ -94,8 +99,14 @@ def train_missing(wanted: Sequence[Trial], store: Store, workers: int) -> None:
                 return
             done, _ = concurrent.futures.wait(in_flight, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
-                store.save(in_flight.pop(future), future.result())
-                bar.update()
+                run = in_flight.pop(future)
+                try:
+                    store.save(run, future.result())
+                    bar.update()
+                except ConfigError as error:
+                    if run.task not in skipped:
+                        skipped.add(run.task)
+                        yield f"Task {run.task} is skipped: {error}."
 
 
 def relative_losses(wanted: Sequence[Trial], store: Store) -> dict[tuple[str, str], list[tuple[Any, float]]]:
@@ -179,15 +190,17 @@ def _command(argv: Sequence[str] | None) -> int:
     tasks = select(suite.tasks, arguments.task, "task")
     if suite.device == "auto":
         raise ConfigError("device must be cpu or cuda here; set device=cpu")
+    if arguments.seeds > len(suite.seeds):
+        raise ConfigError(f"--seeds must be at most {len(suite.seeds)}, the suite's number, got {arguments.seeds}")
     store = Store(arguments.out)
     wanted = list(trials(suite, arguments.optimizer, tasks, suite.seeds[: arguments.seeds]))
     code = 0
     try:
-        train_missing(wanted, store, arguments.workers)
+        for note in train_missing(wanted, store, arguments.workers):
+            print(note, file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted: the figure shows the finished runs. The same command goes on.", file=sys.stderr)
         code = 130
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_csv(wanted, store, arguments.out / "sensitivity.csv")
     series = relative_losses(wanted, store)
     if series:

@@ -292,6 +292,10 @@ def _apply(raw: Mapping[str, Any], overrides: Sequence[str]) -> Suite:
     # The shared ones first: a task's own override wins.
     ordered = [f"tasks.{name}.problem.{item}" for name in with_data for item in shared]
     ordered += [item for item in overrides if item not in shared]
+    for place in (split_override(item)[0].split(".") for item in ordered):
+        for section, known in (("tasks", suite.tasks), ("optimizers", suite.optimizers)):
+            if place[0] == section and len(place) > 2:  # a key of one; a whole new one may be given
+                _check_names(place[1:2], known, section.removesuffix("s"))
     result: Suite = load_section(Suite, apply_overrides(raw, ordered), "")
     return result
 

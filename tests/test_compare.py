@@ -211,6 +211,12 @@ def test_kron_needs_opt_einsum(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--task", "digit"), r"unknown task 'digit'; did you mean 'digits'\?"),
         (("--optimizer", "adm"), r"unknown optimizer 'adm'; did you mean 'adam'\?"),
         (("--workers", "0"), r"--workers must be at least 1, got 0"),
+        (("--out", "tiny.yaml"), r"cannot make the output folder tiny.yaml: File exists"),
+        (
+            ("--optimizer", "adam", "tasks.digits.without=[adam]", "tasks.poisson.without=[adam]"),
+            r"the suite leaves 'adam' out of digits, poisson \(`without`\)",
+        ),
+        (("tasks.digit.steps=3",), r"unknown task 'digit'; did you mean 'digits'\?"),
         (("target=soup",), r"unknown optimizer 'soup'; choose from adam, butterfly, momentum"),
         (("tasks.digits.without=[adm]",), r"unknown optimizer 'adm'"),
         (("tasks.digits.problem.name=image",), r"unknown problem 'image' \(tasks.digits.problem.name\).*'images'"),
@@ -371,7 +377,7 @@ def test_the_numbers_of_the_report(tiny: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "made")
     table = {
         # The window is 5 steps: a jump to exactly Adam's loss at step n is seen at n + 4.
-        "adam": [made_up(1.5, 96), made_up(1.0, 96), made_up(2.0, 96)],
+        "adam": [made_up(1.5, 76), made_up(1.0, 96), made_up(2.0, 96)],
         "adam2": [made_up(3.0, 90), made_up(0.5, 90), made_up(3.0, 90)],
         "butterfly": [made_up(1.0, 46), made_up(0.75, 40), made_up(4.0, 10)],
         "momentum": [made_up(0.5, 50), made_up(0.5, 50), made_up(9.0, 50, status="diverged")],
@@ -390,19 +396,42 @@ def test_the_numbers_of_the_report(tiny: Path, tmp_path: Path) -> None:
     assert adam.seconds_ratio == Spread(1.0, 1.0, 1.0)
     assert butterfly.final_loss == Spread(1.0, 0.75, 4.0)
     # Seed 0: below 1.5 while the window still holds no 10, 46 + 4. Seed 1: 40 + 4. Seed 2 never gets to 2.
-    assert butterfly.steps_full == Spread(0.5, 0.44, math.inf)
+    # Over Adam's own 76 + 4 steps, or 100.
+    assert butterfly.steps_full == Spread(0.625, 0.44, math.inf)
     # At half the length 21 + 4, 22 + 4 (1.0 is Adam's loss there), 23 + 4.
-    assert butterfly.steps_any == Spread(0.26, 0.25, 0.27)
+    assert butterfly.steps_any == Spread(0.27, 0.26, 0.3125)
     assert butterfly.seconds.median == pytest.approx(0.26)
-    assert butterfly.seconds_ratio == pytest.approx((0.26, 0.25, 0.27))
+    assert butterfly.seconds_ratio == pytest.approx((0.27, 0.26, 0.3125))
     assert butterfly.covered == pytest.approx(0.5)  # from 1.5 to momentum's 0.5
     assert (butterfly.step_ms, butterfly.mean_step_ms) == pytest.approx((10, 10))
     assert butterfly.bytes_per_param == 12
     assert (momentum.num_ok, momentum.num_seeds, momentum.covered) == (2, 3, 1.0)
     text = format_report(report, notes=["A note."])
     assert "A note." in text
-    assert "| butterfly | 0.01 | 1 [0.75, 4] | 0.5 | 0.50 [0.44, never] | 0.26 [0.25, 0.27] |" in text
+    assert "| butterfly | 0.01 | 1 [0.75, 4] | 0.5 | 0.62 [0.44, never] | 0.27 [0.26, 0.31] |" in text
     assert "0.5 [0.5, diverged] (1 of 3 lost)" in text
+
+
+def test_two_roles_at_one_rate_are_one_row(tiny: Path, tmp_path: Path) -> None:
+    overrides = ["tasks.digits.steps=100", "lr_grid.points=1", "lr_grid.max_points=1", "robustness.lr=2.5e-3"]
+    suite: Suite = load_suite(tiny, overrides)
+    store = Store(tmp_path / "made")
+    for name, final in (("adam", 2.0), ("butterfly", 1.0)):
+        for lr in (1e-2, 2.5e-3, 4e-2):
+            store.save(build_run(suite, "digits", name, lr=lr, seed=0), made_up(final, 50))
+    rows = [line for line in format_report(Report(suite, store), notes=[]).splitlines() if "butterfly at" in line]
+    assert rows == [
+        "| digits | butterfly at lr 0.0025, best x0.25 | 0.0025 | 1 | 2 | yes |",
+        "| digits | butterfly at best x4 | 0.04 | 1 | 2 | yes |",
+    ]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_without_a_baseline_there_is_no_loss_to_reach(tiny: Path) -> None:
+    assert run(tiny, "--task", "poisson", "--optimizer", "butterfly") == 0
+    text = Path("out/report.md").read_text(encoding="utf-8")
+    assert "never" not in text
+    assert text.count("Of adam none has run") == 1
 
 
 def fake_images(config: DatasetConfig) -> Dataset:

@@ -84,6 +84,17 @@ def test_it_goes_on_where_it_was_stopped(tiny: Path) -> None:
     assert after[0] != before[0]
 
 
+def test_a_task_without_data_is_skipped(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = "problem: {name: images, dataset: {name: mnist, root: none}, model: {name: mlp}, batch_size: 4}"
+    text = TINY.replace("tasks:\n", f"tasks:\n  images:\n    {images}\n    steps: 3\n")
+    tiny.write_text(text, encoding="utf-8")
+    assert run(tiny) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("Task images is skipped: ") == 1
+    assert captured.out == "results: out/sensitivity.png\n"
+    assert len(list(Path("out/runs/poisson").iterdir())) > 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -91,6 +102,8 @@ def test_it_goes_on_where_it_was_stopped(tiny: Path) -> None:
         (["--optimizer", "buterfly"], "unknown optimizer 'buterfly'"),
         (["--task", "posson"], "unknown task 'posson'"),
         (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--seeds", "3"], "--seeds must be at most 2, the suite's number, got 3"),
+        (["--out", "tiny.yaml"], "cannot make the output folder tiny.yaml"),
     ],
 )
 def test_mistakes(tiny: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -159,7 +159,8 @@ class Butterfly(Optimizer):
             for name in Options.__annotations__:  # a state of before an option existed
                 group.setdefault(name, self.defaults[name])
         for own in self.state.values():  # a pickle of before the present format
-            if own.get("version", STATE_VERSION) < STATE_VERSION:
+            # Hooks may leave other things in a state.
+            if isinstance(own, dict) and own.get("version", STATE_VERSION) < STATE_VERSION:
                 own.update(migrate_state(own))
         self._bases = {}
         self._known_skips = 0

@@ -317,16 +317,15 @@ def _fraction_lines(report: Report) -> list[str]:
 def _robust_lines(report: Report) -> list[str]:
     """Each optimizer in `robust` against the better baseline at the same rate."""
     groups: dict[tuple[str, str, float], dict[str, list[float]]] = {}
-    labels: dict[tuple[str, str, float], list[str]] = {}  # two roles may come to one rate: one row
+    labels: dict[tuple[str, str, float], dict[str, None]] = {}  # two roles may come to one rate: one row
     for run, roles, result in report.runs.values():
-        for role in [role for role in roles if " at " in role]:
-            name, label = role.split(" at ")
-            known = labels.setdefault((run.task, name, run.lr), [])
-            if label not in known:
-                known.append(label)
-            if label == known[0]:
-                by_name = groups.setdefault((run.task, name, run.lr), {})
-                by_name.setdefault(run.optimizer, []).append(result.final_loss)
+        own_labels: dict[str, list[str]] = {}
+        for name, label in (role.split(" at ") for role in roles if " at " in role):
+            own_labels.setdefault(name, []).append(label)
+        for name, found in own_labels.items():
+            key = (run.task, name, run.lr)
+            groups.setdefault(key, {}).setdefault(run.optimizer, []).append(result.final_loss)
+            labels.setdefault(key, {}).update(dict.fromkeys(found))
     rows = []
     for (task, name, lr), by_name in groups.items():
         adam = [Spread.of(losses) for item, losses in by_name.items() if item in report.suite.baselines]

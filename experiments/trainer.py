@@ -59,14 +59,13 @@ class Trainer:
     def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
         self.config = config
         self.device = device
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.data = data.to(device)
         is_reconstruction = config.model.name in RECONSTRUCTION_MODELS
         self.task: Task = Reconstruction(self.data) if is_reconstruction else Classification(self.data)
         self.batches = BatchSampler(len(data.train.targets), batch_size=config.batch_size, seed=config.seed)
         torch.manual_seed(config.seed)
-        self.model: nn.Module = build_model(config.model, data.image_shape, data.num_classes).to(
-            device, getattr(torch, config.dtype)
-        )
+        self.model: nn.Module = build_model(config.model, data.image_shape, data.num_classes).to(device, self.dtype)
         self.optimizer: Optimizer = build_optimizer(config.optimizer, self.model.parameters())
         self.scheduler: LambdaLR = build_scheduler(self.optimizer, config.schedule, config.steps)
         self.step = 0
@@ -75,7 +74,7 @@ class Trainer:
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The output of the model for float32 inputs, in float32 as the losses want it."""
-        output: Tensor = self.model(inputs.to(getattr(torch, self.config.dtype)))
+        output: Tensor = self.model(inputs.to(self.dtype))
         return output.float()
 
     def train_step(self) -> Tensor:

@@ -14,6 +14,7 @@ that must be skipped then has weights and learning rate 0, which leaves state an
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +125,7 @@ class Batch:
             states = [tensor.state[name] for name in stacks for tensor in self.tensors]
             torch._foreach_copy_(states, [part for stack in stacks.values() for part in stack.unbind()])
 
-    @property
+    @cached_property
     def is_exact(self) -> bool:
         """Whether the parameters change by the update itself, up to rounding in their own dtype."""
         first, options = self.tensors[0], self.options
@@ -223,7 +224,7 @@ def take_averages(batch: Batch, grad: Tensor) -> Tensor:
         scale = found.noise.addcmul_(found.slope, found.slope).sqrt_()
     else:
         scale = averages["grad_sq"].sqrt()
-    scale.add_(options["eps"]).clamp_min_(torch.finfo(scale.dtype).tiny)
+    scale.add_(max(options["eps"], torch.finfo(scale.dtype).tiny))
     limit = options["max_update"]
     update = torch.div(mean_grad, scale, out=scale).clamp_(-limit, limit).mul_(-scalars.lr)
     if displacement is not None and batch.is_exact:

@@ -79,19 +79,18 @@ def regress(
     dims = tuple(range(1, grad_sq.dim())) if batched else tuple(range(grad_sq.dim()))
     tau2 = disp_sq.mean(dims, keepdim=batched)
     moved = (tau2 > tiny**0.75) & (step > MIN_STEPS)
-    tau = torch.where(moved, tau2.sqrt(), 0.0)
     inverse = torch.where(moved, tau2.rsqrt(), 0.0)
     # In place from here on: fresh memory costs as much as the arithmetic.
     b = disp_sq * inverse.square()
     c = cross * inverse
-    mean_slope = c.abs().sum(dims, keepdim=batched) / b.sum(dims, keepdim=batched).clamp_min(tiny)
+    mean_slope = c.abs().mean(dims, keepdim=batched)  # the mean of b is 1
     work = b + 1e-12
     spread = torch.addcmul(grad_sq, torch.div(c, work, out=work), c, value=-1, out=work).clamp_min_(0)
     # By mean_slope twice: its square may overflow, or underflow.
-    inverse_slope = 1 / mean_slope.clamp_min(tiny**0.5)
-    ridge = spread.mul_(inverse_slope).mul_(inverse_slope).clamp_(max=1e12).mul_(1 - beta2)
+    inverse_slope = mean_slope.clamp_min(tiny**0.5).reciprocal()
+    ridge = spread.mul_(inverse_slope).mul_(inverse_slope * (1 - beta2)).clamp_(max=1e12)
     ridge.add_(ROUNDING[grad_sq.dtype])
     slope = torch.addcmul(c, ridge, mean_slope).div_(ridge.add_(b))
     fitted = b.mul_(slope).sub_(c, alpha=2)
     noise = torch.addcmul(grad_sq, slope, fitted, out=fitted).clamp_min_(0)
-    return Curvature(slope, noise, tau)
+    return Curvature(slope, noise, tau2 * inverse)

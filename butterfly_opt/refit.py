@@ -126,7 +126,7 @@ def refit_sketch_(
         return
     n, (depth, stages, _) = sketch.shape[0], state.angles.shape
     # Blocks of rows that no stage mixes can be refitted one part after the other.
-    rows = max(1, MAX_STORED // _stored_numbers(depth, stages, 1 << stages)) << stages
+    rows = max(1, MAX_STORED // StoredPass.size(1 << stages, STEP_COLUMNS, depth, stages)) << stages
     for start in range(0, n, rows):
         columns = _columns_in_turn(sketch[start : start + rows], steps)
         own = (..., slice(num_stages(len(columns[0]))), slice(start // 2, min(start + rows, n) // 2))
@@ -137,12 +137,6 @@ def refit_sketch_(
             taken=taken[own] if taken.dim() else taken,
             owned=None if owned is None else owned[own],
         )
-
-
-def _stored_numbers(depth: int, stages: int, rows: int) -> int:
-    """Numbers that a ``StoredPass`` of STEP_COLUMNS columns keeps, at least 1; it fills up the last block."""
-    padded = -(-rows >> stages) << stages
-    return max(1, 5 * depth * stages * padded * STEP_COLUMNS // 2)
 
 
 def _columns_in_turn(sketch: Tensor, steps: int) -> list[Tensor]:
@@ -156,7 +150,7 @@ def _refit_rows_(
 ) -> None:
     """``refit_sketch_`` of some rows, in torch."""
     depth, stages, _ = state.angles.shape
-    is_stored = _stored_numbers(depth, stages, len(columns[0])) <= MAX_STORED
+    is_stored = StoredPass.size(len(columns[0]), STEP_COLUMNS, depth, stages) <= MAX_STORED
     passes = StoredPass(columns[0], state.angles) if is_stored else None
     for step, part in enumerate(columns):
         if passes is not None:

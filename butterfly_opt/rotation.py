@@ -132,6 +132,11 @@ def angle_gradient(u: Tensor, grad_u: Tensor, angles: Tensor, *, dim: int = -1) 
     return gradient
 
 
+def _whole_blocks(n: int, stages: int) -> int:
+    """``n`` rounded up: a coordinate without partner gets one that is zero, and the angle 0."""
+    return -(-n >> stages) << stages
+
+
 class StoredPass:
     """The gradient of the angles as ``angle_gradient`` gives it, with the output of every stage stored.
 
@@ -142,14 +147,13 @@ class StoredPass:
         columns: ``y``, or any tensor of its shape ``(n, k)``.
         angles: the angles, or any tensor of their shape ``(depth, num_stages, n // 2)``.
 
-    Memory: ``2.5 depth num_stages`` tensors of the size of the columns.
+    Memory: ``2.5 depth num_stages + 3`` tensors of the size of the columns.
     """
 
     def __init__(self, columns: Tensor, angles: Tensor) -> None:
         (n, k), (depth, stages, slots) = columns.shape, angles.shape
         self.n, self.slots = n, slots
-        # Whole blocks only: a coordinate without partner gets one that is zero, and the angle 0.
-        padded = -(-n >> stages) << stages
+        padded = _whole_blocks(n, stages)
         self.cos, self.sin, self.moments = (columns.new_zeros(depth, stages, padded // 2, k) for _ in range(3))
         self.cos.fill_(1)
         self.outputs = columns.new_zeros(depth * stages + 1, padded, k)
@@ -161,6 +165,11 @@ class StoredPass:
             partners = [part for buffer in buffers for part in buffer.view(-1, 2, 1 << stage, k).unbind(1)]
             angled = [each[butterfly, stage].view(-1, 1 << stage, k) for each in (self.cos, self.sin, self.moments)]
             self.views.append((*angled, *partners))
+
+    @staticmethod
+    def size(n: int, columns: int, depth: int, num_stages: int) -> int:
+        """Numbers kept for ``columns`` vectors of length ``n``."""
+        return _whole_blocks(n, num_stages) * columns * (5 * depth * num_stages + 6) // 2
 
     def gradient(self, y: Tensor, residual: Callable[[Tensor], Tensor], angles: Tensor) -> Tensor:
         """Gradient of a loss of ``u = Q^T y``.

@@ -226,7 +226,7 @@ def _clean_direction(tensor: TensorStep, grad: Tensor, pair: tuple[Tensor, Tenso
     """The rotated update, to be multiplied by ``-lr``; no entry exceeds ``max_update``."""
     state, options = tensor.state, tensor.options
     scale, tau = tensor.normalizer()
-    scale.add_(options["eps"]).clamp_min_(torch.finfo(scale.dtype).tiny)
+    scale.add_(max(options["eps"], torch.finfo(scale.dtype).tiny))
     limit = options["max_update"]
     if options["scaling"] == "adam":
         return (state["mean_grad"] / scale).clamp_(-limit, limit)

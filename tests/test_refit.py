@@ -99,17 +99,26 @@ def test_a_refit_in_little_memory_is_the_same(
 def test_blocks_of_a_long_vector_are_refitted_with_their_own_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
 
-    def noted(columns: Tensor, angles: Tensor) -> StoredPass:
-        shapes.append(tuple(angles.shape))
-        return StoredPass(columns, angles)
+    class Noted(StoredPass):
+        def __init__(self, columns: Tensor, angles: Tensor) -> None:
+            shapes.append(tuple(angles.shape))
+            super().__init__(columns, angles)
 
-    monkeypatch.setattr(refit, "StoredPass", noted)
+    monkeypatch.setattr(refit, "StoredPass", Noted)
     param = torch.nn.Parameter(torch.zeros(100))
     opt = Butterfly([param], structure="flat", block_size=16)
     for seed in range(2):
         param.grad = torch.randn(100, generator=torch.Generator().manual_seed(seed))
         opt.step()
     assert {shape[1] for shape in shapes} == {4}
+
+
+@pytest.mark.parametrize("stages", [0, 2, None])
+def test_stored_pass_says_how_many_numbers_it_keeps(stages: int | None) -> None:
+    angles = torch.zeros(angles_shape(13, depth=2, stages=stages))
+    kept = StoredPass(torch.zeros(13, COLUMNS), angles)
+    buffers = [value for value in vars(kept).values() if isinstance(value, Tensor)]
+    assert sum(map(Tensor.numel, buffers)) == StoredPass.size(13, COLUMNS, 2, angles.shape[1])
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [1, 1, 1], [3, 100, 7, 1000]])

@@ -5,7 +5,7 @@ Formulas, for one tensor of ``size`` coordinates, in the names of ``butterfly_op
     moments_    u = clamp(G, +-1e18) - gbar;  G <- u;  gbar <- gbar + a u;  A <- (1 - b) A + b u^2
                 secant also, with w = s:  B <- (1 - b') B + b' w^2;  C <- (1 - b') C + b' u w
     direction_  V = A, or that of ``butterfly_opt.diagonal.regress``
-                out <- -lr clip(gbar / max(sqrt(V) + eps, tiny), +-max_update);  s <- (1 - a) s + out
+                out <- -lr clip(gbar / (sqrt(V) + max(eps, tiny)), +-max_update);  s <- (1 - a) s + out
 
 ``a, b, b'``, the step, ``lr`` and whether the gradient is usable come from device memory, see ``table.py``.
 Where it is not usable nothing but ``G`` and ``out`` is written, and those are 0, whatever ``G`` held.
@@ -63,7 +63,7 @@ _TORCH_DIRECTION = "butterfly_opt.batch.take_averages"
 
 _LARGEST = tl.constexpr(MAX_ROTATED_GRAD)
 _SETTLED = tl.constexpr(MIN_STEPS)
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_TINY = torch.finfo(torch.float32).tiny
 _ROOT_TINY = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
 _LEAST_TAU2 = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.75)
 
@@ -114,10 +114,10 @@ def _energy(grad_sq, disp_sq, cross, sum_disp_sq, sum_cross, size, step, newest)
     inverse = tl.where(moved, 1.0 / tl.sqrt_rn(tl.where(moved, tau2, 1.0)), 0.0)
     b = disp_sq * (inverse * inverse)
     c = cross * inverse
-    mean_slope = sum_cross * inverse / _at_least(sum_disp_sq * (inverse * inverse), _TINY)
+    mean_slope = sum_cross * inverse / size
     spread = _at_least(grad_sq - c * c / (b + 1e-12), 0.0)
-    ratio = _at_most(tl.sqrt_rn(spread) * (1.0 / _at_least(mean_slope, _ROOT_TINY)), 1e6)
-    ridge = ratio * ratio * newest + 1e-6
+    inverse_slope = 1.0 / _at_least(mean_slope, _ROOT_TINY)
+    ridge = _at_most(spread * inverse_slope * (inverse_slope * newest), 1e12) + 1e-6
     slope = (c + ridge * mean_slope) / (b + ridge)
     noise = _at_least(grad_sq - slope * (2.0 * c - slope * b), 0.0)
     return noise + slope * slope
@@ -136,7 +136,7 @@ def _direction_block(out_ptr, mean_ptr, sq_ptr, disp_sq_ptr, cross_ptr, disp_ptr
         step = tl.load(scalars_ptr + 3)
         energy = _energy(energy, disp_sq, cross, tl.load(sums_ptr), tl.load(sums_ptr + 1), size, step, newest)
     # sqrt_rn: tl.sqrt takes subnormal energies for zero.
-    scale = _at_least(tl.sqrt_rn(energy) + eps, _TINY)
+    scale = tl.sqrt_rn(energy) + eps
     out = _at_most(_at_least(mean / scale, -max_update), max_update) * -tl.load(scalars_ptr + 4)
     out = tl.where(usable, out, 0.0)
     tl.store(out_ptr + offsets, out, mask=mask)
@@ -349,7 +349,7 @@ def direction_(
     if len(table.owners):
         with launch.on_device(table.rows):
             _direction_kernel[(len(table.owners),)](
-                table.rows, table.owners, scalars, scalars if sums is None else sums, newest, float(eps),
+                table.rows, table.owners, scalars, scalars if sums is None else sums, newest, max(float(eps), _TINY),
                 float(max_update), SECANT=secant, ADVANCE=advance, ALIGNED=table.aligned, BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
             )  # fmt: skip

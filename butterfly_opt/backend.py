@@ -65,8 +65,8 @@ class Backend:
     max_stacked = 1 << 14
     """Tensors of equal shape up to this size are stacked into one (measured: beyond, the copies cost more)."""
 
-    chunk = 0
-    """Elements whose steps are taken together, one phase after the other: here every batch on its own."""
+    chunk = 1 << 16
+    """Elements whose steps are taken together, one phase after the other (measured: beyond, the copies cost more)."""
 
     short_stages = 64
     """Axes of up to so many stages are refitted apart from longer ones: here all together."""

@@ -5,8 +5,9 @@
 with ``V`` the diagonal estimate (``diagonal``) and ``kappa = max_update``. The clip matters: ``V`` holds the
 energy of innovations only, and on a constant gradient they vanish.
 
-Tensors of equal shape form a ``Batch``: small ones are stacked, so that they share every operation; a large
-one is a batch of its own, updated in place. The numbers of a step (``Scalars``) are plain numbers where the
+Tensors of equal shape form a ``Batch``: small ones are stacked and rotated together; a large one is a batch of its
+own, updated in place. Where tensors of other shapes are small too, all share every operation between the rotations:
+they lie behind one another in one vector. The numbers of a step (``Scalars``) are plain numbers where the
 host knows them. On a GPU and with ``capturable`` they are tensors, and nothing is read on the host: a step
 that must be skipped then has weights and learning rate 0, which leaves state and parameters as they were.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from butterfly_opt.backend import Backend, FusedStep, FusedWrite, TritonBackend
 from butterfly_opt.basis import Basis
-from butterfly_opt.diagonal import regress
+from butterfly_opt.diagonal import regress, spread
 from butterfly_opt.estimate import (
     SKETCH_BETA,
     Weight,
@@ -68,13 +69,6 @@ class Scalars(NamedTuple):
     def whole_step(self, row: int) -> int | Tensor:
         """Steps of one tensor of the batch, as an integer."""
         return self.step[row].view(()).long() if isinstance(self.step, Tensor) else int(self.step)
-
-
-def host_scalars(tensors: Sequence[TensorStep]) -> Scalars:
-    """Counts the step of tensors that have taken equally many, and makes its numbers."""
-    options, step = tensors[0].options, tensors[0].known_step + 1
-    torch._foreach_add_([tensor.state["step"] for tensor in tensors], 1)
-    return Scalars(*pair_weights(step, options["betas"]), step, float(options["lr"]), None)
 
 
 def device_scalars(tensors: Sequence[TensorStep]) -> Tensor:
@@ -132,6 +126,17 @@ class Batch:
         decays = options["weight_decay"] and options["decoupled_weight_decay"]
         return not decays and first.layout.dtype == first.layout.owner.dtype and not first.is_partial
 
+    @cached_property
+    def kind(self) -> tuple[bool, str, float]:
+        """What batches that share their operations have in common: how they write, dtype, and numbers of the step."""
+        step = -1.0 if isinstance(self.scalars.step, Tensor) else self.scalars.step
+        return self.is_exact, str(self.tensors[0].layout.dtype), step
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors."""
+        return len(self.tensors) * self.basis.shape.numel()
+
     def rotated_gradients(self) -> Tensor:
         """``Q^T g``, ``(B, *shape)``, a new tensor."""
         grads = stack([tensor.gradient(self.basis) for tensor in self.tensors])
@@ -163,7 +168,12 @@ def make_batches(
     """
     lists = group_alike(tensors, backend)
     if tensors[0].usable is None:
-        return [Batch(alike, basis(alike), host_scalars(alike)) for alike in lists]
+        options = tensors[0].options
+        steps = [alike[0].known_step + 1 for alike in lists]
+        torch._foreach_add_([tensor.state["step"] for tensor in tensors], 1)
+        lr = float(options["lr"])
+        numbers = {step: Scalars(*pair_weights(step, options["betas"]), step, lr, None) for step in set(steps)}
+        return [Batch(alike, basis(alike), numbers[step]) for alike, step in zip(lists, steps, strict=True)]
     rows = device_scalars([tensor for alike in lists for tensor in alike])
     batches: list[Batch] = []
     for alike, part in zip(lists, rows.split([len(alike) for alike in lists]), strict=True):
@@ -175,67 +185,90 @@ def make_batches(
 
 def take_steps(batches: Sequence[Batch], backend: Backend) -> None:
     """Steps the batches of a group: gradients, averages, sketches, parameters."""
-    for is_exact in (True, False):
-        for part in _chunks([batch for batch in batches if batch.is_exact == is_exact], backend.chunk):
-            for batch in part:
-                for tensor in batch.tensors:
-                    tensor.freeze_missing(batch.basis)
-            rotated = [batch.rotated_gradients() for batch in part]
-            if isinstance(backend, TritonBackend):
-                updates = _take_fused_averages(part, rotated, backend)
-            else:
-                updates = [take_averages(batch, grad) for batch, grad in zip(part, rotated, strict=True)]
-            for batch, delta_grad in zip(part, rotated, strict=True):
-                if batch.tensors[0].sketch_is_due:
-                    _take_sketches(batch, delta_grad, backend)
-            changes = [batch.basis.from_rotated(update) for batch, update in zip(part, updates, strict=True)]
-            _write(part, changes, backend)
+    for part in _chunks(batches, backend.chunk):
+        for batch in part:
+            for tensor in batch.tensors:
+                tensor.freeze_missing(batch.basis)
+        rotated = [batch.rotated_gradients() for batch in part]
+        if isinstance(backend, TritonBackend):
+            taken = _take_fused_averages(part, rotated, backend)
+        else:
+            taken = take_averages(part, rotated)
+        for batch, (innovation, _) in zip(part, taken, strict=True):
+            if batch.tensors[0].sketch_is_due:
+                _take_sketches(batch, innovation, backend)
+        changes = [batch.basis.from_rotated(update) for batch, (_, update) in zip(part, taken, strict=True)]
+        _write(part, changes, backend)
 
 
 def _chunks(batches: Sequence[Batch], elements: int) -> list[list[Batch]]:
-    """The batches in lists of about as many elements: what is in flight at once stays bounded."""
+    """The batches in lists, each of one kind and about as many elements: what is in flight at once stays bounded."""
     chunks: list[list[Batch]] = []
-    room = -1
-    for batch in batches:
-        size = len(batch.tensors) * batch.basis.shape.numel()
-        if size > room:
+    room, kind = -1, None
+    for batch in sorted(batches, key=lambda batch: (*batch.kind, batch.numel)):
+        if batch.numel > room or batch.kind != kind:
             chunks.append([])
-            room = elements
+            room, kind = elements, batch.kind
         chunks[-1].append(batch)
-        room -= size
+        room -= batch.numel
     return chunks
 
 
-def take_averages(batch: Batch, grad: Tensor) -> Tensor:
-    """Averages and direction of a batch: the rotated update. ``grad`` becomes the innovation."""
-    scalars, options = batch.scalars, batch.options
-    names = ["mean_grad", "grad_sq"] + (["disp_sq", "cross"] if options["diagonal"] == "secant" else [])
-    averages = {name: batch.stack(name) for name in names}
-    displacement = batch.stack("displacement") if "cross" in averages else None
-    mean_grad = averages["mean_grad"]
-    delta_grad = grad.sub_(mean_grad)
+def take_averages(batches: Sequence[Batch], grads: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The averages of batches of one kind, and of each batch the innovations and the rotated update.
+
+    Args:
+        batches: their tensors are laid behind one another: views of a single tensor, else copies.
+        grads: rotated gradients of each batch; they may be overwritten.
+    """
+    options, tensors = batches[0].options, [tensor for batch in batches for tensor in batch.tensors]
+    names = ["mean_grad", "grad_sq"] + (["disp_sq", "cross", "displacement"] if options["diagonal"] == "secant" else [])
+    states = {name: [tensor.state[name].view(-1) for tensor in tensors] for name in names}
+    sizes = [state.numel() for state in states["mean_grad"]]
+    averages = {name: _join(parts) for name, parts in states.items()}
+    scalars = _join_scalars(batches, sizes)
+    mean_grad, displacement = averages["mean_grad"], averages.get("displacement")
+    delta_grad = _join([grad.reshape(-1) for grad in grads]).sub_(mean_grad)
     if scalars.usable is not None:
         delta_grad.masked_fill_(~scalars.usable, 0.0)
     average_(mean_grad, delta_grad, scalars.mean)
     update_moments_(averages, delta_grad, displacement, weight=scalars.square, pair_weight=scalars.pair)
     if displacement is not None:
         moments = averages["grad_sq"], averages["disp_sq"], averages["cross"]
-        found = regress(*moments, beta2=options["betas"][1], step=scalars.step, batched=True)
+        found = regress(*moments, beta2=options["betas"][1], step=scalars.step, sizes=sizes)
         scale = found.noise.addcmul_(found.slope, found.slope).sqrt_()
     else:
         scale = averages["grad_sq"].sqrt()
     scale.add_(max(options["eps"], torch.finfo(scale.dtype).tiny))
     limit = options["max_update"]
     update = torch.div(mean_grad, scale, out=scale).clamp_(-limit, limit).mul_(-scalars.lr)
-    if displacement is not None and batch.is_exact:
+    if displacement is not None and batches[0].is_exact:
         advance_displacement_(displacement, update, scalars.mean)
-        averages["displacement"] = displacement
-    batch.store(**averages)
-    return update
+    if len(tensors) > 1:
+        changed = [part for average in averages.values() for part in average.split(sizes)]
+        torch._foreach_copy_([state for parts in states.values() for state in parts], changed)
+    split = [whole.split([grad.numel() for grad in grads]) for whole in (delta_grad, update)]
+    return [(u.view(grad.shape), d.view(grad.shape)) for u, d, grad in zip(*split, grads, strict=True)]
 
 
-def _take_fused_averages(batches: Sequence[Batch], grads: Sequence[Tensor], backend: TritonBackend) -> list[Tensor]:
-    """As ``take_averages``, of all batches together."""
+def _join(vectors: Sequence[Tensor]) -> Tensor:
+    """Vectors behind one another; a single one as it is."""
+    return vectors[0] if len(vectors) == 1 else torch.cat(list(vectors))
+
+
+def _join_scalars(batches: Sequence[Batch], sizes: Sequence[int]) -> Scalars:
+    """The numbers of batches of one kind for their joined tensors, of these sizes."""
+    if batches[0].scalars.usable is None:
+        return batches[0].scalars
+    rows = torch.cat([batch.rows for batch in batches])
+    mean, square, pair, _, lr, usable = spread(rows.T, sizes).unbind()
+    return Scalars(mean, square, pair, rows[:, 3], lr, usable > 0)
+
+
+def _take_fused_averages(
+    batches: Sequence[Batch], grads: Sequence[Tensor], backend: TritonBackend
+) -> list[tuple[Tensor, Tensor]]:
+    """As ``take_averages``; ``grads`` become the innovations."""
     options = batches[0].options
     updates = [torch.empty_like(grad) for grad in grads]
     backend.fused_averages_(
@@ -245,7 +278,7 @@ def _take_fused_averages(batches: Sequence[Batch], grads: Sequence[Tensor], back
         torch.cat([batch.rows for batch in batches]),
         FusedStep(options["eps"], options["max_update"], options["betas"][1], advance=batches[0].is_exact),
     )
-    return updates
+    return list(zip(grads, updates, strict=True))
 
 
 def _take_sketches(batch: Batch, delta_grad: Tensor, backend: Backend) -> None:

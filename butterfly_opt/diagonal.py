@@ -22,6 +22,7 @@ parameters: ``h`` is then a scale, no curvature (``Butterfly.inverse_hessian`` s
 All quantities are computed relative to ``tau``, so that gradients up to 1e18 do not overflow.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Curvature(NamedTuple):
     Attributes:
         slope: ``h * tau``, curvature times root mean squared displacement (gradient units).
         noise: ``nu2``, variance of the gradient noise (squared gradient units).
-        tau: ``sqrt(tau2)``, 0-d unless batched (parameter units); 0 where nothing has moved.
+        tau: ``sqrt(tau2)`` of each tensor (parameter units); 0 where nothing has moved.
     """
 
     slope: Tensor
@@ -61,36 +62,52 @@ def regress(
     *,
     beta2: float,
     step: float | Tensor = MIN_STEPS + 1,
-    batched: bool = False,
+    sizes: Sequence[int] | None = None,
 ) -> Curvature:
     """Computes ``h``, ``nu2`` and ``tau`` of the module's formulas.
 
     Args:
-        grad_sq: ``A``, any shape.
+        grad_sq: ``A``, any shape; with ``sizes`` a vector.
         disp_sq: ``B``, the same shape.
         cross: ``C``, the same shape.
         beta2: decay of the three averages; ``1 - beta2`` is the share of one pair in them.
-        step: steps so far; up to MIN_STEPS nothing counts as moved. A number, or (``batched``) a tensor that
-            broadcasts.
-        batched: whether the first dimension counts tensors, each with its own ``tau2`` and ``hbar``;
-            ``tau`` then keeps all dimensions.
+        step: steps so far; up to MIN_STEPS nothing counts as moved. A number, or a tensor: 0-d, or with ``sizes``
+            one of each tensor.
+        sizes: lengths of tensors that lie behind one another, each with its own ``tau2`` and ``hbar``; ``tau`` is
+            then a vector. None for a single tensor.
     """
     tiny = torch.finfo(grad_sq.dtype).tiny
-    dims = tuple(range(1, grad_sq.dim())) if batched else tuple(range(grad_sq.dim()))
-    tau2 = disp_sq.mean(dims, keepdim=batched)
+    tau2 = _means(disp_sq, sizes)
     moved = (tau2 > tiny**0.75) & (step > MIN_STEPS)
-    inverse = torch.where(moved, tau2.rsqrt(), 0.0)
-    # In place from here on: fresh memory costs as much as the arithmetic.
+    inverse_tau = torch.where(moved, tau2.rsqrt(), 0.0)
+    mean_slopes = _means(cross.abs(), sizes) * inverse_tau
+    inverse, mean_slope = spread(torch.stack((inverse_tau, mean_slopes)), sizes).unbind()
+    # In place from here on: fresh memory costs as much as the arithmetic. The mean of b is 1.
     b = disp_sq * inverse.square()
     c = cross * inverse
-    mean_slope = c.abs().mean(dims, keepdim=batched)  # the mean of b is 1
     work = b + 1e-12
-    spread = torch.addcmul(grad_sq, torch.div(c, work, out=work), c, value=-1, out=work).clamp_min_(0)
+    residual = torch.addcmul(grad_sq, torch.div(c, work, out=work), c, value=-1, out=work).clamp_min_(0)
     # By mean_slope twice: its square may overflow, or underflow.
     inverse_slope = mean_slope.clamp_min(tiny**0.5).reciprocal()
-    ridge = spread.mul_(inverse_slope).mul_(inverse_slope * (1 - beta2)).clamp_(max=1e12)
+    ridge = residual.mul_(inverse_slope).mul_(inverse_slope * (1 - beta2)).clamp_(max=1e12)
     ridge.add_(ROUNDING[grad_sq.dtype])
     slope = torch.addcmul(c, ridge, mean_slope).div_(ridge.add_(b))
     fitted = b.mul_(slope).sub_(c, alpha=2)
     noise = torch.addcmul(grad_sq, slope, fitted, out=fitted).clamp_min_(0)
-    return Curvature(slope, noise, tau2 * inverse)
+    return Curvature(slope, noise, tau2 * inverse_tau)
+
+
+def _means(x: Tensor, sizes: Sequence[int] | None) -> Tensor:
+    """The mean of each of the tensors that lie behind one another in ``x``; 0-d for a single one."""
+    return x.mean() if sizes is None else torch.stack([part.mean() for part in x.split(sizes)])
+
+
+def spread(values: Tensor, sizes: Sequence[int] | None) -> Tensor:
+    """Numbers of each tensor ``(k, len(sizes))``, repeated for its elements: ``(k, sum(sizes))``.
+
+    Those of a single tensor stay as they are, to broadcast.
+    """
+    if sizes is None or len(sizes) == 1:
+        return values
+    parts = zip(values.split(1, dim=1), sizes, strict=True)
+    return torch.cat([part.expand(-1, size) for part, size in parts], dim=1)

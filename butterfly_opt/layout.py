@@ -9,7 +9,6 @@ coordinates that rotate independently (one block if None). State lives under the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class TensorLayout:
         """The parameter under which the state is kept."""
         return self.params[0]
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of state and arithmetic: float64 for float64 parameters, float32 for all others."""
         return torch.promote_types(self.owner.dtype, torch.float32)

@@ -140,8 +140,7 @@ class Batch:
     def rotated_gradients(self) -> Tensor:
         """``Q^T g``, ``(B, *shape)``, a new tensor."""
         grads = stack([tensor.gradient(self.basis) for tensor in self.tensors])
-        rotated = self.basis.to_rotated(grads) if self.basis.rotations else grads.clone()
-        return rotated.clamp_(-MAX_ROTATED_GRAD, MAX_ROTATED_GRAD)
+        return self.basis.to_rotated(grads) if self.basis.rotations else grads.clone()
 
 
 def group_alike(tensors: Sequence[TensorStep], backend: Backend) -> list[list[TensorStep]]:
@@ -228,7 +227,8 @@ def take_averages(batches: Sequence[Batch], grads: Sequence[Tensor]) -> list[tup
     averages = {name: _join(parts) for name, parts in states.items()}
     scalars = _join_scalars(batches, sizes)
     mean_grad, displacement = averages["mean_grad"], averages.get("displacement")
-    delta_grad = _join([grad.reshape(-1) for grad in grads]).sub_(mean_grad)
+    delta_grad = _join([grad.reshape(-1) for grad in grads])
+    delta_grad.clamp_(-MAX_ROTATED_GRAD, MAX_ROTATED_GRAD).sub_(mean_grad)
     if scalars.usable is not None:
         delta_grad.masked_fill_(~scalars.usable, 0.0)
     average_(mean_grad, delta_grad, scalars.mean)

@@ -16,24 +16,19 @@ a worker process died, 2 a mistake in the suite or the arguments, 130 interrupte
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import contextlib
 import dataclasses
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from experiments.config import ConfigError
-from experiments.measure import Result, Store, measure
+from experiments.measure import Store
 from experiments.optimizers import MissingPackageError, build_optimizer
+from experiments.parallel import Plan, StoppedError, train_missing
 from experiments.plots import draw_all
 from experiments.report import Report, format_report, write_csv
 from experiments.suite import Run, Suite, load_suite, plan, select
@@ -78,95 +73,18 @@ def _drop_missing(suite: Suite) -> tuple[Suite, list[str]]:
     return reduced, notes
 
 
-def _start_worker() -> None:
-    """One thread, quiet on Ctrl-C, and gone when the parent is killed."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
+def _planned(suite: Suite, store: Store, tasks: Sequence[str], optimizers: Sequence[str]) -> Plan:
+    """The plan of the chosen tasks and optimizers."""
 
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+    def current(skipped: Collection[str]) -> tuple[list[Run], int]:
+        def is_wanted(task: str, optimizer: str) -> bool:
+            return task in tasks and task not in skipped and optimizer in optimizers
 
-    threading.Thread(target=follow, daemon=True).start()
+        found = plan(suite, store.loss_of)
+        runs = [run for run, _ in found.runs if is_wanted(run.task, run.optimizer)]
+        return runs, sum(count for names, count in found.num_to_come.items() if is_wanted(*names))
 
-
-def _run_here(run: Run) -> concurrent.futures.Future[Result]:
-    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-    try:
-        future.set_result(measure(run))
-    except Exception as error:
-        future.set_exception(error)
-    return future
-
-
-@contextlib.contextmanager
-def submitter(workers: int) -> Iterator[Callable[[Run], concurrent.futures.Future[Result]]]:
-    """Gives the function that starts a run: in a process of a pool, or, with one worker, in this one."""
-    if workers == 1:
-        torch.set_num_threads(1)
-        yield _run_here
-        return
-    # Read by the children when they import torch and tqdm.
-    os.environ.update({"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"})
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        yield lambda run: pool.submit(measure, run)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-class StoppedError(Exception):
-    """A worker process died."""
-
-
-def train_missing(
-    suite: Suite, store: Store, *, tasks: Sequence[str], optimizers: Sequence[str], workers: int
-) -> Iterator[str]:
-    """Makes the runs of the chosen tasks and optimizers that have no result yet.
-
-    Yields:
-        Notes on tasks that are skipped because their data are absent.
-
-    Raises:
-        StoppedError: a worker process died; what is finished is kept.
-    """
-    skipped: set[str] = set()
-    in_flight: dict[concurrent.futures.Future[Result], Run] = {}
-    bar = tqdm(desc="comparing", unit="run", dynamic_ncols=True, smoothing=0.1)
-
-    def is_wanted(task: str, optimizer: str) -> bool:
-        return task in tasks and task not in skipped and optimizer in optimizers
-
-    with submitter(workers) as submit, bar:
-        while True:
-            current = plan(suite, store.loss_of)
-            runs = {run.key: run for run, _ in current.runs if is_wanted(run.task, run.optimizer)}
-            missing = {key: run for key, run in runs.items() if store.load(run) is None}
-            if bar.total is None:
-                bar.initial = bar.n = len(runs) - len(missing)  # the time left comes from the new runs only
-            bar.total = len(runs) + sum(count for names, count in current.num_to_come.items() if is_wanted(*names))
-            busy = {run.key for run in in_flight.values()}
-            # Only as many as can run: what finishes changes the plan, and runs of one task stay together.
-            for run in [run for key, run in missing.items() if key not in busy][: workers - len(in_flight)]:
-                bar.set_postfix_str(f"{run.task} {run.optimizer} lr {run.lr:g} seed {run.seed}")
-                in_flight[submit(run)] = run
-            if not in_flight:
-                return
-            done, _ = concurrent.futures.wait(in_flight, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                run = in_flight.pop(future)
-                try:
-                    store.save(run, future.result())
-                    bar.update()
-                except concurrent.futures.BrokenExecutor as error:
-                    raise StoppedError(f"a worker process died while {run.key} was trained: {error}") from error
-                except ConfigError as error:
-                    if run.task not in skipped:
-                        skipped.add(run.task)
-                        yield f"Task {run.task} is skipped: {error}."
+    return current
 
 
 def write_report(suite: Suite, store: Store, notes: Sequence[str]) -> None:
@@ -191,7 +109,8 @@ def _command(argv: Sequence[str] | None) -> int:
     workers = arguments.workers or (1 if suite.device == "cuda" else os.cpu_count() or 1)
     code = 0
     try:
-        for note in train_missing(suite, store, tasks=tasks, optimizers=optimizers, workers=workers):
+        chosen = _planned(suite, store, tasks, optimizers)
+        for note in train_missing(chosen, store, workers=workers, description="comparing"):
             notes.append(note)
     except KeyboardInterrupt:
         notes.append("Interrupted: the tables hold the finished runs. The same command goes on.")

@@ -28,17 +28,14 @@ def _style(suite_names: Sequence[str], name: str) -> dict[str, Any]:
     return {"color": colormaps["tab10"](index % 10), "linestyle": ("-", "--", ":")[index // 10 % 3]}
 
 
-def new_figure(width: float, height: float, panels: int, *, rows: int = 1) -> tuple[Any, Sequence[Any]]:
-    """A figure of some inches with panels in rows, drawn without a display; places left over stay empty."""
+def _new_figure(width: float, height: float, panels: int) -> tuple[Any, Sequence[Any]]:
+    """A figure of some inches with panels side by side, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    places = figure.subplots(rows, -(-panels // rows), squeeze=False).ravel()
-    for place in places[panels:]:
-        place.remove()
-    return figure, list(places[:panels])
+    return figure, list(figure.subplots(1, panels, squeeze=False).ravel())
 
 
 def _band(
@@ -55,7 +52,7 @@ def _band(
 def draw_task(report: Report, task: str, path: Path) -> bool:
     """Smoothed loss (median and range over the seeds) against steps, evaluations and seconds; False without runs."""
     names = list(report.suite.optimizers)
-    figure, panels = new_figure(15.0, 4.8, len(_AXES))
+    figure, panels = _new_figure(15.0, 4.8, len(_AXES))
     lowest, highest = math.inf, -math.inf
     for name in report.suite.optimizers_of(task):
         pairs = [pair for pair in report.results(task, name).values() if pair[1].status == "ok"]
@@ -110,7 +107,7 @@ def _heat(axis: Any, report: Report, title: str, read: Callable[[Summary], float
 def draw_overview(report: Report, path: Path) -> None:
     """Steps and seconds to Adam's final loss, over Adam's, and the bytes of state, as three tables of colours."""
     rows = len({item.optimizer for item in report.summaries})
-    figure, panels = new_figure(18.0, 2.5 + 0.35 * rows, 3)
+    figure, panels = _new_figure(18.0, 2.5 + 0.35 * rows, 3)
     _heat(panels[0], report, "steps to Adam's final loss / Adam's", lambda item: item.steps_any.median, ratio=True)
     _heat(
         panels[1], report, "seconds to Adam's final loss / Adam's", lambda item: item.seconds_ratio.median, ratio=True

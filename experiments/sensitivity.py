@@ -12,7 +12,6 @@ the command goes on where it was stopped. Writes into the output folder
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import csv
 import dataclasses
 import inspect
@@ -20,17 +19,14 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from butterfly_opt import Butterfly
-from experiments.compare import submitter
 from experiments.config import Component, ConfigError
 from experiments.measure import Store
-from experiments.plots import new_figure
+from experiments.parallel import StoppedError, train_missing
 from experiments.suite import Run, Suite, build_run, load_suite, select
 from experiments.train import Parser, exit_code
 
@@ -77,38 +73,6 @@ def trials(suite: Suite, optimizer: str, tasks: Sequence[str], seeds: Sequence[i
                     yield Trial(name, value, run)
 
 
-def train_missing(wanted: Sequence[Trial], store: Store, workers: int) -> Iterator[str]:
-    """Makes the runs that have no result yet.
-
-    Yields:
-        Notes on tasks that are skipped because their data are absent.
-    """
-    missing = {trial.run.key: trial.run for trial in wanted if store.load(trial.run) is None}
-    total = len({trial.run.key for trial in wanted})
-    with submitter(workers) as submit, tqdm(total=total, initial=total - len(missing), unit="run") as bar:
-        queue = iter(missing.values())
-        in_flight: dict[concurrent.futures.Future[Any], Run] = {}
-        skipped: set[str] = set()
-        while True:
-            # One at a time with one worker, which trains in this process.
-            for run in (run for run in queue if run.task not in skipped):
-                in_flight[submit(run)] = run
-                if len(in_flight) >= workers:
-                    break
-            if not in_flight:
-                return
-            done, _ = concurrent.futures.wait(in_flight, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                run = in_flight.pop(future)
-                try:
-                    store.save(run, future.result())
-                    bar.update()
-                except ConfigError as error:
-                    if run.task not in skipped:
-                        skipped.add(run.task)
-                        yield f"Task {run.task} is skipped: {error}."
-
-
 def relative_losses(wanted: Sequence[Trial], store: Store) -> dict[tuple[str, str], list[tuple[Any, float]]]:
     """By hyper-parameter and task: each value with the final loss over that of the defaults, median over the seeds."""
     ratios: dict[tuple[str, str], dict[Any, list[float]]] = {}
@@ -139,11 +103,16 @@ def write_csv(wanted: Sequence[Trial], store: Store, path: Path) -> None:
 
 def draw(series: dict[tuple[str, str], list[tuple[Any, float]]], path: Path) -> None:
     """A panel for each hyper-parameter, a line for each task; a grey line at the default, diverged runs at the top."""
+    from experiments.paper_files import add_legend, new_figure  # matplotlib is slow to import, for every worker too
+
     names = list(dict.fromkeys(name for name, _ in series))
-    figure, panels = new_figure(2.7 * -(-len(names) // 2), 6.0, len(names), rows=2)
+    columns = -(-len(names) // 2)
+    figure, axes = new_figure(2, columns, width=2.7 * columns, height=6.0)
+    for place in axes.flat[len(names) :]:
+        place.remove()
     finite = [ratio for line in series.values() for _, ratio in line if math.isfinite(ratio)]
     low, high = 0.95 * min(finite), 1.05 * max(finite)
-    for axis, name in zip(panels, names, strict=True):
+    for axis, name in zip(axes.flat, names, strict=False):
         ticks = list(VALUES[name])
         axis.axvline(ticks.index(default_of(name)), color="0.85", linewidth=6)
         for (shown, task), line in series.items():
@@ -156,12 +125,11 @@ def draw(series: dict[tuple[str, str], list[tuple[Any, float]]], path: Path) -> 
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.tick_params(axis="y", which="both", labelsize=8)
-        axis.grid(True, axis="y", which="both", color="0.92", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(False, axis="x")
+        axis.grid(True, axis="y", which="minor", color="0.92", linewidth=0.6)
     figure.supylabel("final training loss / that of the defaults", fontsize=10)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
-    figure.savefig(path)
+    add_legend(figure, axes, columns=len({task for _, task in series}))
+    figure.savefig(path, dpi=130)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -194,13 +162,20 @@ def _command(argv: Sequence[str] | None) -> int:
         raise ConfigError(f"--seeds must be at most {len(suite.seeds)}, the suite's number, got {arguments.seeds}")
     store = Store(arguments.out)
     wanted = list(trials(suite, arguments.optimizer, tasks, suite.seeds[: arguments.seeds]))
+
+    def plan(skipped: Collection[str]) -> tuple[list[Run], int]:
+        return [trial.run for trial in wanted if trial.run.task not in skipped], 0
+
     code = 0
     try:
-        for note in train_missing(wanted, store, arguments.workers):
+        for note in train_missing(plan, store, workers=arguments.workers, description="varying"):
             print(note, file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted: the figure shows the finished runs. The same command goes on.", file=sys.stderr)
         code = 130
+    except StoppedError as error:
+        print(f"Stopped: {error}. The same command goes on.", file=sys.stderr)
+        code = 1
     write_csv(wanted, store, arguments.out / "sensitivity.csv")
     series = relative_losses(wanted, store)
     if series:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import compare, optimizers, problems
+from experiments import compare, optimizers, parallel, problems
 from experiments import measure as measuring
 from experiments.config import Component, ConfigError, DatasetConfig
 from experiments.data import Dataset, Split
@@ -92,7 +92,7 @@ def count_runs(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = 
         made.append(item)
         return measure(item)
 
-    monkeypatch.setattr(compare, "measure", counted)
+    monkeypatch.setattr(parallel, "measure", counted)
     return made
 
 

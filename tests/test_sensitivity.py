@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
 
-from experiments import sensitivity
-from experiments.measure import Store
+from experiments import parallel, sensitivity
+from experiments.measure import Result, Store, measure
 from experiments.sensitivity import VALUES, default_of, relative_losses, trials
-from experiments.suite import load_suite
+from experiments.suite import Run, load_suite
 
 TINY = """
 seeds: [0, 1]
@@ -93,6 +94,24 @@ def test_a_task_without_data_is_skipped(tiny: Path, capsys: pytest.CaptureFixtur
     assert captured.err.count("Task images is skipped: ") == 1
     assert captured.out == "results: out/sensitivity.png\n"
     assert len(list(Path("out/runs/poisson").iterdir())) > 10
+
+
+def test_a_dead_worker_ends_it_and_the_figure_shows_what_is_done(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Run] = []
+
+    def dies(item: Run) -> Result:
+        made.append(item)
+        if len(made) > 4:
+            raise BrokenExecutor("killed")
+        return measure(item)
+
+    monkeypatch.setattr(parallel, "measure", dies)
+    assert run(tiny) == 1
+    captured = capsys.readouterr()
+    assert "Stopped: a worker process died while poisson/" in captured.err
+    assert captured.out == "results: out/sensitivity.png\n"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from torch import nn
 from experiments.config import ConfigError
 from experiments.measure import Store
 from experiments.optimizers import MissingPackageError, build_optimizer
-from experiments.parallel import Plan, StoppedError, train_missing
+from experiments.parallel import Planner, StoppedError, train_missing
 from experiments.plots import draw_all
 from experiments.report import Report, format_report, write_csv
 from experiments.suite import Run, Suite, load_suite, plan, select
@@ -73,8 +73,8 @@ def _drop_missing(suite: Suite) -> tuple[Suite, list[str]]:
     return reduced, notes
 
 
-def _planned(suite: Suite, store: Store, tasks: Sequence[str], optimizers: Sequence[str]) -> Plan:
-    """The plan of the chosen tasks and optimizers."""
+def _planner(suite: Suite, store: Store, tasks: Sequence[str], optimizers: Sequence[str]) -> Planner:
+    """Plans the runs of the chosen tasks and optimizers."""
 
     def current(skipped: Collection[str]) -> tuple[list[Run], int]:
         def is_wanted(task: str, optimizer: str) -> bool:
@@ -109,8 +109,8 @@ def _command(argv: Sequence[str] | None) -> int:
     workers = arguments.workers or (1 if suite.device == "cuda" else os.cpu_count() or 1)
     code = 0
     try:
-        chosen = _planned(suite, store, tasks, optimizers)
-        for note in train_missing(chosen, store, workers=workers, description="comparing"):
+        planner = _planner(suite, store, tasks, optimizers)
+        for note in train_missing(planner, store, workers=workers, description="comparing"):
             notes.append(note)
     except KeyboardInterrupt:
         notes.append("Interrupted: the tables hold the finished runs. The same command goes on.")

@@ -42,7 +42,7 @@ def _run_here(run: Run) -> concurrent.futures.Future[Result]:
 
 
 @contextlib.contextmanager
-def submitter(workers: int) -> Iterator[Callable[[Run], concurrent.futures.Future[Result]]]:
+def _submitter(workers: int) -> Iterator[Callable[[Run], concurrent.futures.Future[Result]]]:
     """Gives the function that starts a run: in a process of a pool, or, with one worker, in this one."""
     if workers == 1:
         torch.set_num_threads(1)
@@ -62,15 +62,15 @@ class StoppedError(Exception):
     """A worker process died."""
 
 
-Plan = Callable[[Collection[str]], tuple[Iterable[Run], int]]
+Planner = Callable[[Collection[str]], tuple[Iterable[Run], int]]
 """Given the tasks to leave out: the runs that are wanted now, most urgent first, and how many will follow them."""
 
 
-def train_missing(plan: Plan, store: Store, *, workers: int, description: str) -> Iterator[str]:
+def train_missing(planner: Planner, store: Store, *, workers: int, description: str) -> Iterator[str]:
     """Makes the runs of a plan that have no result yet; each result is kept as soon as there is one.
 
     Args:
-        plan: asked again whenever a run is done.
+        planner: asked again whenever a run is done.
         store: the results.
         workers: runs at a time; one trains in this process.
         description: of the progress bar.
@@ -83,9 +83,9 @@ def train_missing(plan: Plan, store: Store, *, workers: int, description: str) -
     """
     skipped: set[str] = set()
     in_flight: dict[concurrent.futures.Future[Result], Run] = {}
-    with submitter(workers) as submit, tqdm(desc=description, unit="run", dynamic_ncols=True, smoothing=0.1) as bar:
+    with _submitter(workers) as submit, tqdm(desc=description, unit="run", dynamic_ncols=True, smoothing=0.1) as bar:
         while True:
-            wanted, num_to_come = plan(skipped)
+            wanted, num_to_come = planner(skipped)
             runs = {run.key: run for run in wanted}
             missing = {key: run for key, run in runs.items() if store.load(run) is None}
             if bar.total is None:

@@ -163,12 +163,12 @@ def _command(argv: Sequence[str] | None) -> int:
     store = Store(arguments.out)
     wanted = list(trials(suite, arguments.optimizer, tasks, suite.seeds[: arguments.seeds]))
 
-    def plan(skipped: Collection[str]) -> tuple[list[Run], int]:
+    def planner(skipped: Collection[str]) -> tuple[list[Run], int]:
         return [trial.run for trial in wanted if trial.run.task not in skipped], 0
 
     code = 0
     try:
-        for note in train_missing(plan, store, workers=arguments.workers, description="varying"):
+        for note in train_missing(planner, store, workers=arguments.workers, description="varying"):
             print(note, file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted: the figure shows the finished runs. The same command goes on.", file=sys.stderr)

@@ -1,23 +1,26 @@
-"""Butterfly rotations plus a diagonal: a second-order drop-in for ``torch.optim.Adam``."""
+"""Wide butterfly rotations plus a diagonal: a second-order drop-in for ``torch.optim.Adam``."""
 
 from butterfly_opt._version import __version__
-from butterfly_opt.angle_basis import AngleBasis
-from butterfly_opt.autograd import butterfly_rotation
-from butterfly_opt.fit import CovarianceFit, Fit, FitOptions, fit_covariance, fit_inverse, fit_symmetric
+from butterfly_opt.basis import Basis
+from butterfly_opt.fit import CovarianceFit, Fit, fit_covariance, fit_inverse, fit_symmetric
 from butterfly_opt.normal import ButterflyNormal
 from butterfly_opt.operators import DirectSum, RotatedDiagonal, SymmetricOperator
-from butterfly_opt.optimizer import Butterfly
+from butterfly_opt.optimizer import Butterfly, ButterflyW
+from butterfly_opt.orthogonal import ButterflyOrthogonal, butterfly_rotation
+from butterfly_opt.rotation import Rotation
 from butterfly_opt.secant import SecantEstimate
 
 __all__ = [
-    "AngleBasis",
+    "Basis",
     "Butterfly",
     "ButterflyNormal",
+    "ButterflyOrthogonal",
+    "ButterflyW",
     "CovarianceFit",
     "DirectSum",
     "Fit",
-    "FitOptions",
     "RotatedDiagonal",
+    "Rotation",
     "SecantEstimate",
     "SymmetricOperator",
     "__version__",

@@ -15,14 +15,14 @@ Notation: ``u = Q^T delta_grad``, ``w = Q^T delta_theta``; the averages below ru
 
 The ridge ``e = (1 - beta2) (A - C^2 / B) / hbar^2 + ROUNDING tau2`` is the variance of the noise in the
 averages over that of the prior ``h ~ hbar``: with noise-free pairs it vanishes and ``h`` is exact.
-Clean pairs (nu2 -> 0) give the Newton scaling ``1 / |h|``; pure noise gives whitening by the centred
+Pairs without noise (nu2 -> 0) give the Newton scaling ``1 / |h|``; pure noise gives whitening by the
 gradient noise, as Adam's. Where noise dominates, ``C`` is biased, since past noise moved the
 parameters: ``h`` is then a scale, no curvature (``Butterfly.inverse_hessian`` says more).
 
-All quantities are computed relative to ``tau``, so that gradients up to 1e18 do not overflow.
+All quantities are computed relative to ``tau``, so that large gradients do not overflow. Tensors are stacked
+``(count, rows, columns)``; means run over one tensor of the stack.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,12 +30,12 @@ from torch import Tensor
 
 
 class Curvature(NamedTuple):
-    """What the secant regression found, in the shape of the rotated tensor.
+    """What the secant regression found, in the shape of the rotated tensors.
 
     Attributes:
         slope: ``h * tau``, curvature times root mean squared displacement (gradient units).
         noise: ``nu2``, variance of the gradient noise (squared gradient units).
-        tau: ``sqrt(tau2)`` of each tensor (parameter units); 0 where nothing has moved.
+        tau: ``sqrt(tau2)`` of each tensor, ``(count, 1, 1)`` (parameter units); 0 where nothing has moved.
     """
 
     slope: Tensor
@@ -54,60 +54,35 @@ ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
 MIN_STEPS = 5
 """Steps before the regression is believed; ``V = A`` until then."""
 
+MAX_RIDGE = 1e12
+"""Bound of the ridge over tau2: beyond it ``h`` is ``hbar`` to rounding, and its products stay finite."""
 
-def regress(
-    grad_sq: Tensor,
-    disp_sq: Tensor,
-    cross: Tensor,
-    *,
-    beta2: float,
-    step: float | Tensor = MIN_STEPS + 1,
-    sizes: Sequence[int] | None = None,
-) -> Curvature:
+
+def regress(grad_sq: Tensor, disp_sq: Tensor, cross: Tensor, *, beta2: float | Tensor, step: Tensor) -> Curvature:
     """Computes ``h``, ``nu2`` and ``tau`` of the module's formulas.
 
     Args:
-        grad_sq: ``A``, any shape; with ``sizes`` a vector.
+        grad_sq: ``A``, ``(count, rows, columns)``.
         disp_sq: ``B``, the same shape.
         cross: ``C``, the same shape.
         beta2: decay of the three averages; ``1 - beta2`` is the share of one pair in them.
-        step: steps so far; up to MIN_STEPS nothing counts as moved. A number, or a tensor: 0-d, or with ``sizes``
-            one of each tensor.
-        sizes: lengths of tensors that lie behind one another, each with its own ``tau2`` and ``hbar``; ``tau`` is
-            then a vector. None for a single tensor.
+        step: steps so far, ``(count, 1, 1)``; up to MIN_STEPS nothing counts as moved.
     """
     tiny = torch.finfo(grad_sq.dtype).tiny
-    tau2 = _means(disp_sq, sizes)
+    tau2 = disp_sq.mean((-2, -1), keepdim=True)
     moved = (tau2 > tiny**0.75) & (step > MIN_STEPS)
-    inverse_tau = torch.where(moved, tau2.rsqrt(), 0.0)
-    mean_slopes = _means(cross.abs(), sizes) * inverse_tau
-    inverse, mean_slope = spread(torch.stack((inverse_tau, mean_slopes)), sizes).unbind()
+    inverse = torch.where(moved, tau2.rsqrt(), 0.0)
+    mean_slope = cross.abs().mean((-2, -1), keepdim=True) * inverse
     # In place from here on: fresh memory costs as much as the arithmetic. The mean of b is 1.
     b = disp_sq * inverse.square()
     c = cross * inverse
-    work = b + 1e-12
+    work = b + 1 / MAX_RIDGE
     residual = torch.addcmul(grad_sq, torch.div(c, work, out=work), c, value=-1, out=work).clamp_min_(0)
     # By mean_slope twice: its square may overflow, or underflow.
     inverse_slope = mean_slope.clamp_min(tiny**0.5).reciprocal()
-    ridge = residual.mul_(inverse_slope).mul_(inverse_slope * (1 - beta2)).clamp_(max=1e12)
+    ridge = residual.mul_(inverse_slope).mul_(inverse_slope * (1 - beta2)).clamp_(max=MAX_RIDGE)
     ridge.add_(ROUNDING[grad_sq.dtype])
     slope = torch.addcmul(c, ridge, mean_slope).div_(ridge.add_(b))
     fitted = b.mul_(slope).sub_(c, alpha=2)
     noise = torch.addcmul(grad_sq, slope, fitted, out=fitted).clamp_min_(0)
-    return Curvature(slope, noise, tau2 * inverse_tau)
-
-
-def _means(x: Tensor, sizes: Sequence[int] | None) -> Tensor:
-    """The mean of each of the tensors that lie behind one another in ``x``; 0-d for a single one."""
-    return x.mean() if sizes is None else torch.stack([part.mean() for part in x.split(sizes)])
-
-
-def spread(values: Tensor, sizes: Sequence[int] | None) -> Tensor:
-    """Numbers of each tensor ``(k, len(sizes))``, repeated for its elements: ``(k, sum(sizes))``.
-
-    Those of a single tensor stay as they are, to broadcast.
-    """
-    if sizes is None or len(sizes) == 1:
-        return values
-    parts = zip(values.split(1, dim=1), sizes, strict=True)
-    return torch.cat([part.expand(-1, size) for part, size in parts], dim=1)
+    return Curvature(slope, noise, tau2 * inverse)

@@ -1,6 +1,6 @@
-"""Offline fitting: the angles and the diagonal of ``Q diag(d) Q^T`` for a matrix, a covariance, an inverse Hessian.
+"""Offline fitting of ``Q diag(d) Q^T``: to a matrix, a covariance, the inverse of a Hessian known by pairs.
 
-What is fitted is put together and checked here; ``butterfly_opt.descent`` has the criteria and fits the angles.
+What is fitted is put together and checked here; ``butterfly_opt.sweep`` has the closed forms.
 """
 
 import math
@@ -10,14 +10,33 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from butterfly_opt.descent import CRITERIA, DEFAULT_OPTIONS, Fit, FitOptions, fit_angles
+from butterfly_opt.basis import Basis
 from butterfly_opt.operators import RotatedDiagonal
+from butterfly_opt.plan import make_plan
+from butterfly_opt.sweep import sweep
+
+CRITERIA = ("energy", "logdet")
 
 PRODUCT_COLUMNS = 256
 """Columns in one product when a matrix is read through its products."""
 
 SYMMETRY_EPS = 1e4
 """A matrix counts as symmetric up to this many roundings of its largest entry."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted operator.
+
+    Attributes:
+        operator: ``Q diag(d) Q^T``, with ``d = diag(Q^T A Q)``; of ``fit_inverse`` with 1 / d.
+        error: ``||A - Q diag(d) Q^T||_F / ||A||_F``, A the matrix fitted.
+        errors: the same after each rotation, from none on.
+    """
+
+    operator: RotatedDiagonal
+    error: float
+    errors: list[float]
 
 
 @dataclass(frozen=True)
@@ -37,36 +56,40 @@ class CovarianceFit(Fit):
 
 def fit_symmetric(
     matrix: Tensor | Callable[[Tensor], Tensor],
-    options: FitOptions = DEFAULT_OPTIONS,
     *,
+    block: int = 64,
+    lead: int = 16,
+    rotations: int = 1,
+    criterion: str = "energy",
     n: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    criterion: str = "energy",
 ) -> Fit:
-    """Fits ``Q diag(d) Q^T`` to a symmetric matrix.
+    """Fits ``Q diag(d) Q^T`` to a symmetric matrix, in closed form.
 
     Args:
         matrix: ``(n, n)``, float32 or float64; or a function that multiplies it with ``(n, columns)``.
-        options: depth, steps, restarts, ...
+        block: coordinates of a group; see ``butterfly_opt.plan``.
+        lead: outputs of a group that go on; ``block`` for the full plan, 2 and 2 for the paper's butterfly.
+        rotations: rotations in a row, each fitted to what the ones before it leave.
+        criterion: "energy", the relative error; or "logdet", the likelihood, for positive definite matrices.
         n: order of the matrix, for a function.
         dtype: float32 or float64 of the columns given to a function; torch's default if None.
         device: of the columns given to a function.
-        criterion: "energy", the relative error; or "logdet", for positive definite matrices.
 
     Returns:
-        The operator, in the dtype and on the device of the matrix, and its history.
+        The operator, in the dtype and on the device of the matrix, and its errors. A planted eigenbasis of the
+        same plan is found to rounding: a leading one, and the full one of radix 2.
 
     Raises:
         TypeError: if the matrix is neither float32 nor float64.
         ValueError: if the matrix is empty, not square, not finite or not symmetric; for "logdet", if it is not
             positive definite; if an option is out of range.
 
-    Cost: O(depth n^2 log n) a step, and O(n^3 + depth n^2 log n) for the start; memory O(n^2), for a function
-    too. Equal input, seed and device give equal results.
+    Cost: O(n^2 block) a rotation; for "logdet", and for the first stage of radix 2, O(n^3). Memory O(n^2).
 
     Example:
-        >>> fit = fit_symmetric(hessian, FitOptions(depth=2, progress=tqdm.tqdm))
+        >>> fit = fit_symmetric(hessian, block=32, lead=16)
         >>> fit.operator @ x, fit.error
     """
     if isinstance(matrix, Tensor):
@@ -79,27 +102,55 @@ def fit_symmetric(
     dense = (dense + dense.mT) / 2
     if criterion == "logdet":
         _check_positive_definite(dense, "criterion='logdet'", "add a multiple of the identity, or use 'energy'")
-    return fit_angles(dense, criterion, options)
+    return fit_checked(dense, criterion, block=block, lead=lead, rotations=rotations)
+
+
+def fit_checked(matrix: Tensor, criterion: str, *, block: int, lead: int, rotations: int) -> Fit:
+    """``fit_symmetric`` of a symmetric matrix that the caller has checked."""
+    if not rotations >= 1:
+        raise ValueError(f"rotations must be >= 1, got {rotations}")
+    plan, norm = (
+        make_plan(len(matrix), block, lead),
+        torch.linalg.norm(matrix).clamp_min(torch.finfo(matrix.dtype).tiny),
+    )
+    found, rotated = [], matrix
+    errors = [_off_diagonal(matrix, norm)]
+    for _ in range(rotations):
+        rotation = sweep(rotated, plan, criterion)
+        half = rotation.to_rotated(rotated[None])
+        rotated = rotation.to_rotated(half, dim=-1)[0]
+        rotated = (rotated + rotated.mT) / 2
+        found.append((0, rotation))
+        errors.append(_off_diagonal(rotated, norm))
+    return Fit(RotatedDiagonal(Basis(matrix.shape[:1], found), rotated.diagonal().clone()), errors[-1], errors)
+
+
+def _off_diagonal(matrix: Tensor, norm: Tensor) -> float:
+    return (torch.linalg.norm(matrix - torch.diag(matrix.diagonal())) / norm).item()
 
 
 def fit_covariance(
     samples: Tensor | Iterable[Tensor],
-    options: FitOptions = DEFAULT_OPTIONS,
     *,
+    block: int = 64,
+    lead: int = 16,
+    rotations: int = 1,
     shrinkage: float | str = 0.0,
     assume_centered: bool = False,
 ) -> CovarianceFit:
-    """Fits ``Q diag(d) Q^T`` to the covariance of samples, by maximum likelihood (criterion "logdet").
+    """Fits ``Q diag(d) Q^T`` to the covariance of samples, for the likelihood (criterion "logdet").
 
     Args:
         samples: ``(count, n)``, float32 or float64; or an iterable of such batches, read once.
-        options: see ``FitOptions``.
+        block: see ``fit_symmetric``, as ``lead`` and ``rotations``.
+        lead: see ``block``.
+        rotations: see ``block``.
         shrinkage: ``(1 - shrinkage) C + shrinkage tr(C) / n I`` is fitted, as by scikit-learn's ``ShrunkCovariance``;
             "oas" chooses it as scikit-learn's ``OAS`` (Y. Chen et al., IEEE Trans. Sign. Proc. 58, 2010).
         assume_centered: take the mean as zero.
 
     Returns:
-        The operator, in the dtype of the samples, with ``loc``, ``count`` and the history. C divides by ``count``.
+        The operator, in the dtype of the samples, with ``loc`` and ``count``. C divides by ``count``.
 
     Raises:
         TypeError: if the samples are neither float32 nor float64.
@@ -118,41 +169,44 @@ def fit_covariance(
         f"the covariance of {count} samples of {n} coordinates",
         "use shrinkage='oas' or more samples",
     )
-    fit = fit_angles(covariance.to(dtype), "logdet", options)
+    fit = fit_checked(covariance.to(dtype), "logdet", block=block, lead=lead, rotations=rotations)
     return CovarianceFit(**vars(fit), loc=loc.to(dtype), count=count, shrinkage=amount)
 
 
 def fit_inverse(
     pairs: Iterable[tuple[Tensor, Tensor]],
-    options: FitOptions = DEFAULT_OPTIONS,
     *,
+    block: int = 64,
+    lead: int = 16,
+    rotations: int = 1,
     shrinkage: float = 0.0,
 ) -> Fit:
     """Fits ``P = Q diag(d) Q^T`` to the inverse of a Hessian known by pairs ``y = H s``.
 
-    The least-squares Hessian of the pairs is fitted with criterion "logdet" (module docstring), then inverted.
-    With ``hbar = sum s y / sum s^2``, shrinkage adds ``shrinkage sum s^2 / n ||H - hbar I||_F^2`` to the squares.
+    The least-squares Hessian of the pairs is fitted with criterion "logdet", then inverted. With ``hbar = sum s y /
+    sum s^2``, shrinkage adds ``shrinkage sum s^2 / n ||H - hbar I||_F^2`` to the squares.
 
     Args:
         pairs: ``(delta_theta, delta_grad)``, each ``(n,)`` or ``(k, n)``, float32 or float64.
-        options: see ``FitOptions``.
+        block: see ``fit_symmetric``, as ``lead`` and ``rotations``.
+        lead: see ``block``.
+        rotations: see ``block``.
         shrinkage: weight of the prior, >= 0; needed where the displacements do not span all coordinates.
 
     Returns:
-        P and the history; ``error`` and ``errors`` are those of ``P^-1`` as an approximation of H.
+        P; ``error`` and ``errors`` are those of ``P^-1`` as an approximation of H.
 
     Raises:
         TypeError: if the pairs are neither float32 nor float64.
         ValueError: if there are no pairs, they are not finite, their shapes differ, their displacements do not span
             all coordinates, the Hessian is not positive definite, or an option is out of range.
 
-    Cost: O(k n^2) for k pairs, then as ``fit_symmetric``.
+    Cost: O(k n^2) for k pairs, then as ``fit_symmetric``. ``SecantEstimate`` takes pairs as they come, at O(n block).
     """
     hessian = _least_squares_hessian(pairs, shrinkage)
     _check_positive_definite(hessian, "the Hessian of the pairs", "use pairs of a convex function, or more shrinkage")
-    fit = fit_angles(hessian, "logdet", options)
-    inverse = RotatedDiagonal(fit.operator.basis, fit.operator.d.reciprocal())
-    return replace(fit, operator=inverse)
+    fit = fit_checked(hessian, "logdet", block=block, lead=lead, rotations=rotations)
+    return replace(fit, operator=fit.operator.map_eigenvalues(torch.reciprocal))
 
 
 def _dense(

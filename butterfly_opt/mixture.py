@@ -1,15 +1,14 @@
 """Gaussian mixtures with butterfly covariances, as a scikit-learn estimator. Needs scikit-learn >= 1.6.
 
 Expectation maximisation (A. Dempster, N. Laird, D. Rubin, J. R. Stat. Soc. B 39, 1977) with covariances
-``Q_k diag(d_k) Q_k^T`` (M. Mathieu, Y. LeCun, arXiv:1404.7195, 2014). A maximisation step takes a few steps of descent
-on the angles of each component, on its weighted covariance with criterion "logdet", which is the expected
-likelihood (``butterfly_opt.descent``); the best angles seen are kept, so the likelihood rises though the angles
-are not yet optimal (a generalised EM). The best diagonal for the angles is in closed form.
+``Q_k diag(d_k) Q_k^T`` (M. Mathieu, Y. LeCun, arXiv:1404.7195, 2014), Q_k wide butterflies. A maximisation step fits
+each rotation in closed form to the weighted covariance of its component, and keeps the one before where that is
+likelier; the best diagonal for a rotation is ``diag(Q^T C Q)``. So the likelihood rises, though the rotation need not be
+optimal (a generalised EM).
 """
 
 import math
 import warnings
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +16,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from butterfly_opt.descent import Fit, FitOptions, fit_angles
+from butterfly_opt.basis import Basis
+from butterfly_opt.fit import fit_checked
 from butterfly_opt.normal import ButterflyNormal
-from butterfly_opt.rotation import num_stages
+from butterfly_opt.operators import RotatedDiagonal
+from butterfly_opt.plan import check_plan, make_plan
 
 try:
     from sklearn.base import BaseEstimator, DensityMixin
@@ -32,22 +33,12 @@ except ImportError as error:
         "butterfly_opt.mixture needs scikit-learn >= 1.6; install it with pip install 'butterfly-opt[experiments]'"
     ) from error
 
-WARM_STEPS = 0.1
-"""Angle steps of a later maximisation, as a share of those of the first."""
-WARM_LR = 0.01
-"""Radians: length of its first angle step. Longer ones lose what the maximisation before has found."""
-LR_DECAY = 0.25
-"""Where a descent gains less than ``tol``, another one takes steps shorter by this factor, and so do all after it."""
-MIN_LR = 1e-4
-"""Radians: the shortest first angle step."""
-
 
 class _Mixture(NamedTuple):
-    """The parameters of a mixture, and how the next maximisation goes on with the angles."""
+    """The parameters of a mixture."""
 
     weights: Tensor
     components: list[ButterflyNormal]
-    options: list[FitOptions]
 
     def log_joint(self, samples: Tensor) -> Tensor:
         """``log (weight_k p_k(x))``, ``(count, n_components)``."""
@@ -57,32 +48,37 @@ class _Mixture(NamedTuple):
 class ButterflyMixture(DensityMixin, BaseEstimator):
     """Mixture of Gaussians with covariances ``Q_k diag(d_k) Q_k^T``, between diagonal and full ones.
 
-    A component has ``depth n log2(n) / 2 + n`` parameters for its covariance where a full one has ``n (n + 1) / 2``: it
-    needs fewer samples. The interface is that of ``sklearn.mixture.GaussianMixture``; all checks of
+    Up to ``block`` coordinates a component is a full Gaussian; beyond, it has about ``0.7 n block``
+    parameters where a full one has ``n (n + 1) / 2``: it needs fewer samples and less time. The interface
+    is that of ``sklearn.mixture.GaussianMixture``; all checks of
     ``sklearn.utils.estimator_checks.check_estimator`` pass. The arithmetic is in float64, on the CPU.
 
     Args:
         n_components: number of Gaussians.
-        depth: butterflies multiplied in each eigenbasis.
-        angle_steps: descent steps on the angles in the first maximisation; each later one takes a tenth of them.
+        block: coordinates of a group of the rotations, see ``butterfly_opt.plan``.
+        lead: outputs of a group that go on; ``block`` for the full plan.
         tol: EM ends when the mean log-likelihood of a sample changes by less, in nats.
         reg_covar: added to the diagonals of the covariances, in squared units of X.
         max_iter: maximisations after the first.
         n_init: starts by k-means; the one of the highest likelihood is kept.
+        means_init: ``(n_components, n)``, means to start from, as in scikit-learn: the first maximisation takes the
+            rest from k-means.
+        warm_start: start from the mixture of the last call of ``fit``, once.
         random_state: of k-means and of ``sample``: a seed, a ``numpy.random.RandomState``, or None.
 
     Attributes:
         weights_: ``(n_components,)``.
         means_: ``(n_components, n)``.
         operators_: covariances, a list of ``RotatedDiagonal`` in float64.
+        covariances_: the same as dense matrices, ``(n_components, n, n)``, made when asked for.
         lower_bound_: mean log-likelihood of a training sample, in nats; of ``lower_bounds_`` the last.
         lower_bounds_: the same after each maximisation, of the start that was kept.
         n_iter_: maximisations after the first.
         converged_: whether ``tol`` was reached.
         n_features_in_: n.
 
-    Cost: of a maximisation O(count n^2) and O(depth n^2 log n) an angle step for each component, O(n^3) in the first;
-    of an expectation, and of every prediction, one rotation for each sample and component. Memory O(n^2 + count n).
+    Cost: of a maximisation O(count n^2 + n^3) for each component; of an expectation, and of every prediction, one
+    rotation for each sample and component. Memory O(n^2 + count n).
 
     Example:
         >>> ButterflyMixture(10, reg_covar=1e-2, random_state=0).fit(X).score(held_out)
@@ -92,21 +88,25 @@ class ButterflyMixture(DensityMixin, BaseEstimator):
         self,
         n_components: int = 1,
         *,
-        depth: int = 1,
-        angle_steps: int = 100,
+        block: int = 32,
+        lead: int = 8,
         tol: float = 1e-3,
         reg_covar: float = 1e-6,
         max_iter: int = 100,
         n_init: int = 1,
+        means_init: ArrayLike | None = None,
+        warm_start: bool = False,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_components = n_components
-        self.depth = depth
-        self.angle_steps = angle_steps
+        self.block = block
+        self.lead = lead
         self.tol = tol
         self.reg_covar = reg_covar
         self.max_iter = max_iter
         self.n_init = n_init
+        self.means_init = means_init
+        self.warm_start = warm_start
         self.random_state = random_state
 
     def fit(self, X: ArrayLike, y: object = None) -> "ButterflyMixture":
@@ -125,11 +125,13 @@ class ButterflyMixture(DensityMixin, BaseEstimator):
         if len(data) < self.n_components:
             raise ValueError(f"n_components must be at most the {len(data)} samples, got {self.n_components}")
         samples, random = torch.tensor(data), check_random_state(self.random_state)
-        runs = []
-        for _ in range(self.n_init):
-            labels = KMeans(self.n_components, n_init=1, random_state=random).fit(data).labels_
-            start = torch.nn.functional.one_hot(torch.tensor(labels).long(), self.n_components)
-            runs.append(self._run(samples, start.to(samples.dtype)))
+        means = self._check_means()
+        last = getattr(self, "_mixture", None) if self.warm_start else None
+        shape = (self.n_components, data.shape[1])
+        if last is not None and (len(last.weights), len(last.components[0].loc)) == shape:
+            runs = [self._run(samples, last)]
+        else:
+            runs = [self._run(samples, self._first(samples, means, random)) for _ in range(self.n_init)]
         self._mixture, self.lower_bounds_ = max(runs, key=lambda run: run[1][-1])
         self.lower_bound_ = self.lower_bounds_[-1]
         self.n_iter_ = len(self.lower_bounds_) - 1
@@ -195,9 +197,28 @@ class ButterflyMixture(DensityMixin, BaseEstimator):
         """Akaike's information criterion on X; the lower the better."""
         return float(-2 * self.score_samples(X).sum() + 2 * self._n_parameters())
 
-    def _run(self, samples: Tensor, responsibilities: Tensor) -> tuple[_Mixture, list[float]]:
+    @property
+    def covariances_(self) -> NDArray[np.float64]:
+        """The covariances as dense matrices, ``(n_components, n, n)``. Cost: n rotations each."""
+        check_is_fitted(self)
+        return torch.stack([operator.to_dense() for operator in self.operators_]).numpy()
+
+    def _first(self, samples: Tensor, means: Tensor | None, random: np.random.RandomState) -> _Mixture:
+        """A start by k-means."""
+        labels = KMeans(self.n_components, n_init=1, random_state=random).fit(samples.numpy()).labels_
+        start = torch.nn.functional.one_hot(torch.tensor(labels).long(), self.n_components)
+        mixture = self._maximize(samples, start.to(samples.dtype), None)
+        if means is None:
+            return mixture
+        return mixture._replace(
+            components=[
+                ButterflyNormal(mean, component.operator, validate_args=False)
+                for mean, component in zip(means, mixture.components, strict=True)
+            ]
+        )
+
+    def _run(self, samples: Tensor, mixture: _Mixture) -> tuple[_Mixture, list[float]]:
         """EM from one start: the mixture, and the mean log-likelihood after each maximisation."""
-        mixture = self._maximize(samples, responsibilities, None)
         bounds: list[float] = []
         while True:
             joint = mixture.log_joint(samples)
@@ -210,38 +231,36 @@ class ButterflyMixture(DensityMixin, BaseEstimator):
         return len(bounds) > 1 and abs(bounds[-1] - bounds[-2]) < self.tol
 
     def _maximize(self, samples: Tensor, responsibilities: Tensor, before: _Mixture | None) -> _Mixture:
-        """The mixture for given responsibilities ``(count, n_components)``, its angles from those before."""
+        """The mixture for given responsibilities ``(count, n_components)``."""
         # Components without samples: as in scikit-learn.
         counts = responsibilities.sum(0) + 10 * torch.finfo(samples.dtype).eps
-        components, following = [], []
+        components = []
         for k, shares in enumerate((responsibilities / counts).T):
             mean = shares @ samples
             centred = shares.sqrt()[:, None] * (samples - mean)
             covariance = centred.T @ centred
             covariance.diagonal().add_(self.reg_covar)
-            fit, options = self._fit_angles(covariance, None if before is None else before.options[k])
-            if not (fit.operator.d > torch.finfo(samples.dtype).tiny).all():
+            operator = self._fit_covariance(covariance, None if before is None else before.components[k])
+            if not (operator.d > torch.finfo(samples.dtype).tiny).all():
                 raise ValueError(
                     f"the covariance of component {k} is singular or not finite: raise reg_covar = {self.reg_covar}, "
                     f"lower n_components = {self.n_components}, or rescale X"
                 )
-            components.append(ButterflyNormal(mean, fit.operator, validate_args=False))
-            following.append(options)
-        return _Mixture(counts / counts.sum(), components, following)
+            components.append(ButterflyNormal(mean, operator, validate_args=False))
+        return _Mixture(counts / counts.sum(), components)
 
-    def _fit_angles(self, covariance: Tensor, options: FitOptions | None) -> tuple[Fit, FitOptions]:
-        """The fit of a component, and the options of its next one."""
-        if options is None:
-            fit = fit_angles(covariance, "logdet", FitOptions(depth=self.depth, steps=self.angle_steps))
-            steps = math.ceil(WARM_STEPS * self.angle_steps)
-            return fit, FitOptions(depth=self.depth, steps=steps, lr=WARM_LR, start=fit.angles)
-        while True:
-            fit = fit_angles(covariance, "logdet", options)
-            # In nats a sample: the loss is a mean over the coordinates, of twice the negative log-likelihood.
-            gain = 0.5 * len(covariance) * (fit.losses[0] - min(fit.losses))
-            if gain >= self.tol or options.lr * LR_DECAY < MIN_LR:
-                return fit, replace(options, start=fit.angles)
-            options = replace(options, start=fit.angles, lr=options.lr * LR_DECAY)
+    def _fit_covariance(self, covariance: Tensor, before: ButterflyNormal | None) -> RotatedDiagonal:
+        """The new fit, or the rotation before with the best diagonal for it, whichever is likelier."""
+        if not torch.isfinite(covariance).all():
+            return RotatedDiagonal(Basis(covariance.shape[:1]), covariance.diagonal())
+        operator = fit_checked(covariance, "logdet", block=self.block, lead=self.lead, rotations=1).operator
+        # A dense eigenbasis is optimal.
+        if before is None or len(covariance) <= self.block:
+            return operator
+        basis = before.operator.basis  # type: ignore[attr-defined]
+        half = basis.to_rotated(covariance)
+        kept = basis.to_rotated(half.T.contiguous()).diagonal()
+        return RotatedDiagonal(basis, kept.clone()) if kept.log().sum() < operator.d.log().sum() else operator
 
     def _log_joint(self, X: ArrayLike) -> Tensor:
         check_is_fitted(self)
@@ -249,16 +268,31 @@ class ButterflyMixture(DensityMixin, BaseEstimator):
         return self._mixture.log_joint(torch.tensor(samples))
 
     def _n_parameters(self) -> int:
-        """Free parameters: weights, means, eigenvalues, and an angle for each pair of each stage."""
+        """Free parameters: weights, means, eigenvalues, and the angles of the rotations.
+
+        A group of b coordinates has b (b - 1) / 2 angles; those among its leading outputs its parent has too.
+        """
         n = self.n_features_in_
-        pairs = sum(sum(i + (1 << stage) < n for i in range(n) if not i >> stage & 1) for stage in range(num_stages(n)))
-        return self.n_components * (2 * n + self.depth * pairs + 1) - 1
+        plan = make_plan(n, self.block, self.lead)
+        angles = 0
+        for stage in plan.stages:
+            shared = 0 if plan.is_full or stage is plan.stages[-1] else self.lead * (self.lead - 1) // 2
+            angles += sum(run.count * (run.size * (run.size - 1) // 2 - shared) for run in stage.runs)
+        return self.n_components * (2 * n + angles + 1) - 1
+
+    def _check_means(self) -> Tensor | None:
+        if self.means_init is None:
+            return None
+        means = torch.tensor(np.asarray(self.means_init, dtype=np.float64))
+        shape = (self.n_components, self.n_features_in_)
+        if means.shape != shape or not torch.isfinite(means).all():
+            raise ValueError(f"means_init must be finite and of shape {shape}, got shape {tuple(means.shape)}")
+        return means
 
     def _check_parameters(self) -> None:
+        check_plan(self.block, self.lead)
         bounds: tuple[tuple[str, Any], ...] = (
             ("n_components", 1),
-            ("depth", 1),
-            ("angle_steps", 0),
             ("tol", 0),
             ("reg_covar", 0),
             ("max_iter", 1),

@@ -22,7 +22,7 @@ class ButterflyNormal(Distribution):
     """The Gaussian ``N(loc, S)`` in n dimensions, S a positive definite operator.
 
     Log-densities, samples and entropies are those of ``torch.distributions.MultivariateNormal(loc, S.to_dense())``,
-    at O(n log n) instead of O(n^2) for each sample and without its O(n^3) factorisation. They are differentiable
+    at O(n block) instead of O(n^2) for each sample and without its O(n^3) factorisation. They are differentiable
     in ``loc``, in the value, and in what ``S`` is differentiable in.
 
     Args:
@@ -123,7 +123,7 @@ def _kl_butterfly_normal(p: ButterflyNormal, q: ButterflyNormal) -> Tensor:
     Raises:
         ValueError: if the dimensions differ.
 
-    Cost: O(n^2 log n) at depth 1 for the trace, which takes all n columns of ``Q_q^T Q_p``, a slice at a time.
+    Cost: O(n^2 block) for the trace, which takes all n columns of ``Q_q^T Q_p``, a slice at a time.
     """
     if p.event_shape != q.event_shape:
         raise ValueError(

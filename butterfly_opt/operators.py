@@ -6,21 +6,23 @@ Y. LeCun, arXiv:1404.7195 (2014), section 2.
 
 Every operator is a ``SymmetricOperator`` of order n. Its arithmetic is done in its own dtype,
 float32 or float64: other input is converted. Products, ``logdet``, ``trace``, ``diagonal``,
-``eigenvalues`` and ``sample`` are differentiable in ``d`` and in the argument, and in the angles where the
-basis is an ``AngleBasis`` whose angles require a gradient.
+``eigenvalues`` and ``sample`` are differentiable in ``d``, in the argument and in the matrices of the rotations.
+Complex vectors are multiplied part by part; NumPy arrays give NumPy arrays, by the rules of ``to_scipy``.
 
 With an estimate P of an inverse Hessian, ``(H + lambda I)^-1`` is ``P.inverse().shifted(lam).inverse()``.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from butterfly_opt.angle_basis import AngleBasis, apply_squared
 from butterfly_opt.basis import Basis
+from butterfly_opt.rotation import Rotation
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -53,8 +55,8 @@ class SymmetricOperator(ABC):
     def diagonal(self) -> Tensor:
         """The diagonal of the n x n matrix, shape ``(n,)``, exact: ``(Q o Q) d``.
 
-        Cost: O(n log n) for butterflies of depth 1 whose basis is an ``AngleBasis``; for deeper ones, and for
-        a plain ``Basis``, O(depth m^2 log m + n m) for each axis of length m (``angle_basis.apply_squared``).
+        Cost: O(n block^2) for the leading plan and O(n block) for the full one, memory O(n block) at most
+            (``Rotation.squared``); O(m^2) memory where an axis of length m is rotated several times.
         """
 
     @abstractmethod
@@ -62,16 +64,12 @@ class SymmetricOperator(ABC):
         """The operator in another dtype, float32 or float64, or on another device.
 
         Raises:
-            TypeError: for any other dtype, or if the basis keeps no angles.
+            TypeError: for any other dtype.
         """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers, for ``torch.save`` and ``torch.load(weights_only=True)``.
-
-        Raises:
-            TypeError: if the basis keeps no angles.
-        """
+        """Tensors and plain numbers, for ``torch.save`` and ``torch.load(weights_only=True)``."""
 
     @property
     def shape(self) -> torch.Size:
@@ -94,19 +92,65 @@ class SymmetricOperator(ABC):
         """The transpose: the operator itself."""
         return self
 
-    def __matmul__(self, x: Tensor) -> Tensor:
+    __array_ufunc__ = None  # NumPy leaves ``array @ operator`` to us
+
+    @overload
+    def __matmul__(self, x: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, x: NDArray[Any]) -> NDArray[Any]: ...
+    def __matmul__(self, x: Any) -> Any:
         """``A x`` for ``x`` of shape ``(n,)`` or ``(n, columns)``. Cost: two rotations a column.
 
         Raises:
+            TypeError: if ``x`` is neither a tensor nor a NumPy array.
             ValueError: for any other shape.
         """
+        if isinstance(x, np.ndarray):
+            return _numpy_product(self, x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"an operator multiplies tensors and NumPy arrays, got {type(x).__name__}")
         rotated = self.to_eigenbasis(x)
         d = self.eigenvalues()
         return self.from_eigenbasis((d if rotated.dim() == 1 else d[:, None]) * rotated)
 
+    def __rmatmul__(self, x: Any) -> Any:
+        """``x A`` for ``x`` of shape ``(n,)`` or ``(rows, n)``, see ``A @ x``."""
+        if not isinstance(x, Tensor | np.ndarray):
+            raise TypeError(f"an operator multiplies tensors and NumPy arrays, got {type(x).__name__}")
+        return (self @ (x.T if x.ndim == 2 else x)).T if x.ndim == 2 else self @ x
+
+    def solve(self, b: Tensor) -> Tensor:
+        """``A^-1 b`` for ``b`` of shape ``(n,)`` or ``(n, columns)``; two rotations a column.
+
+        Raises:
+            ValueError: see ``inverse``.
+        """
+        return self.inverse() @ b
+
+    def inv_quad_logdet(
+        self, inv_quad_rhs: Tensor | None = None, logdet: bool = False, reduce_inv_quad: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """``tr(b^T A^-1 b)`` and ``log det A``, as in ``linear_operator``; what is not asked for is 0.
+
+        Args:
+            inv_quad_rhs: b, ``(n,)`` or ``(n, columns)``.
+            logdet: whether the second is asked for.
+            reduce_inv_quad: sum over the columns.
+
+        Raises:
+            ValueError: if the operator is not positive definite.
+        """
+        d = self.eigenvalues()
+        self._check_definite("inv_quad_logdet")
+        quad = d.new_zeros(())
+        if inv_quad_rhs is not None:
+            quad = d.reciprocal() @ _energy(self.to_eigenbasis(inv_quad_rhs))
+            quad = quad.sum() if reduce_inv_quad else quad
+        return quad, self.logdet() if logdet else d.new_zeros(())
+
     def quadratic(self, x: Tensor) -> Tensor:
-        """``x^T A x``: 0-d for ``x`` of shape ``(n,)``, ``(columns,)`` for ``(n, columns)``; one rotation a column."""
-        return self.eigenvalues() @ self.to_eigenbasis(x).square()
+        """``x^H A x``: 0-d for ``x`` of shape ``(n,)``, ``(columns,)`` for ``(n, columns)``; one rotation a column."""
+        return self.eigenvalues() @ _energy(self.to_eigenbasis(x))
 
     def inverse(self) -> "SymmetricOperator":
         """``A^-1``.
@@ -140,10 +184,8 @@ class SymmetricOperator(ABC):
         Raises:
             ValueError: if an eigenvalue is not positive.
         """
-        d = self.eigenvalues()
-        if not (d > 0).all():
-            raise ValueError(f"logdet needs a positive definite operator, got {_worst(d)}; use shifted(...)")
-        return d.log().sum()
+        self._check_definite("logdet")
+        return self.eigenvalues().log().sum()
 
     def trace(self) -> Tensor:
         """``tr A = sum d``, 0-d. Cost: O(n)."""
@@ -175,25 +217,29 @@ class SymmetricOperator(ABC):
     def to_scipy(self) -> "LinearOperator":
         """A ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays, detached from the graph.
 
+        Results have NumPy's common dtype of operator and vector, and the arithmetic its precision: float64 vectors on
+        a float32 operator are multiplied in float64. Any layout goes, read-only arrays and negative strides too.
+
         Raises:
             ImportError: if scipy is not installed.
         """
         from scipy.sparse.linalg import LinearOperator
 
-        d = self.eigenvalues().detach()
+        doubled: list[SymmetricOperator] = []
 
-        def product(x: Any) -> Any:
-            with torch.no_grad():
-                return (self @ torch.as_tensor(x, dtype=d.dtype, device=d.device)).cpu().numpy()
+        def product(x: NDArray[Any]) -> NDArray[Any]:
+            # A copy in float64 is made once.
+            if self.dtype == torch.float32 and np.result_type(x.dtype, np.float32) != np.float32 and not doubled:
+                doubled.append(self.to(torch.float64))
+            return _numpy_product(self, x, *doubled)
 
-        dtype = str(d.dtype).removeprefix("torch.")
         return LinearOperator(
             tuple(self.shape),
             matvec=lambda x: product(x.reshape(-1)),
             rmatvec=lambda x: product(x.reshape(-1)),
             matmat=product,
             rmatmat=product,
-            dtype=dtype,
+            dtype=str(self.dtype).removeprefix("torch."),
         )
 
     @staticmethod
@@ -205,10 +251,15 @@ class SymmetricOperator(ABC):
         """
         kind = state.get("kind")
         if kind == "RotatedDiagonal":
-            return RotatedDiagonal(AngleBasis.from_state_dict(state["basis"]), state["diagonal"])
+            return RotatedDiagonal(Basis.from_state_dict(state["basis"]), state["diagonal"])
         if kind == "DirectSum":
             return DirectSum([((), SymmetricOperator.from_state_dict(part)) for part in state["parts"]])
         raise ValueError(f"state must be the state_dict of an operator, got kind = {kind!r}")
+
+    def _check_definite(self, what: str) -> None:
+        d = self.eigenvalues()
+        if not (d > 0).all():
+            raise ValueError(f"{what} needs a positive definite operator, got {_worst(d)}; use shifted(...)")
 
     def _check_semidefinite(self, what: str) -> None:
         d = self.eigenvalues()
@@ -225,32 +276,29 @@ class RotatedDiagonal(SymmetricOperator):
     """The symmetric operator ``Q diag(d) Q^T`` of order n on flattened tensors of one shape.
 
     Args:
-        basis: the rotation of tensors of ``basis.shape``, ``n = basis.shape.numel()``.
+        basis: the rotation of tensors of ``basis.shape``, of count 1; ``n = basis.shape.numel()``.
         diagonal: ``d`` in rotated coordinates, of shape ``basis.shape``, float32 or float64.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or the basis is that of several tensors.
 
     Example:
-        >>> operator = RotatedDiagonal.from_angles(torch.randn(angles_shape(64)), torch.rand(64))
+        >>> operator = RotatedDiagonal.from_rotation(Rotation.identity(64), torch.rand(64))
         >>> operator.sqrt() @ torch.randn(64)
     """
 
     def __init__(self, basis: Basis, diagonal: Tensor) -> None:
         if diagonal.shape != basis.shape:
             raise ValueError(f"diagonal must have shape {tuple(basis.shape)}, got {tuple(diagonal.shape)}")
+        if basis.count != 1:
+            raise ValueError(f"an operator needs the basis of one tensor, got one of {basis.count}")
         self.basis = basis
         self.d = diagonal
 
     @classmethod
-    def from_angles(cls, angles: Tensor, diagonal: Tensor) -> "RotatedDiagonal":
-        """The operator of one butterfly on vectors.
-
-        Args:
-            angles: ``(depth, num_stages, n // 2)``, see ``butterfly_opt.rotation``.
-            diagonal: ``d``, ``(n,)``.
-        """
-        return cls(AngleBasis(diagonal.shape, [(0, angles)]), diagonal)
+    def from_rotation(cls, rotation: Rotation, diagonal: Tensor) -> "RotatedDiagonal":
+        """The operator of one rotation on vectors, ``diagonal`` of shape ``(n,)``."""
+        return cls(Basis(diagonal.shape, [(0, rotation)]), diagonal)
 
     def eigenvalues(self) -> Tensor:
         """``d``, shape ``(n,)``, in the order of the columns of Q (not sorted)."""
@@ -270,34 +318,26 @@ class RotatedDiagonal(SymmetricOperator):
 
     def diagonal(self) -> Tensor:
         """The diagonal of the matrix, see ``SymmetricOperator``."""
-        return apply_squared(self.basis, self.d).reshape(-1)
+        return self.basis.squared(self.d).reshape(-1)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "RotatedDiagonal":
         """The operator in another dtype or on another device, see ``SymmetricOperator``."""
         wanted = self.dtype if dtype is None else dtype
         if wanted not in (torch.float32, torch.float64):
             raise TypeError(f"an operator must be float32 or float64, got {wanted}")
-        basis = self._angle_basis("to").to(dtype=wanted, device=device)
-        return RotatedDiagonal(basis, self.d.to(device=device, dtype=wanted))
+        return RotatedDiagonal(self.basis.to(dtype=wanted, device=device), self.d.to(device=device, dtype=wanted))
 
     def state_dict(self) -> dict[str, Any]:
         """See ``SymmetricOperator``."""
-        basis = self._angle_basis("state_dict").state_dict()
-        return {"kind": "RotatedDiagonal", "basis": basis, "diagonal": self.d.detach()}
+        return {"kind": "RotatedDiagonal", "basis": self.basis.state_dict(), "diagonal": self.d.detach()}
 
     def _rotate(self, x: Tensor, *, transpose: bool) -> Tensor:
         """``Q x`` or ``Q^T x``, all columns at once, in the shape that the basis rotates."""
         self._check_shape(x)
-        shape = self.basis.shape
-        rotated = x.to(self.d.dtype).reshape((*shape, *x.shape[1:]))
-        for dim, rotation in self.basis.rotations if transpose else reversed(self.basis.rotations):
-            rotated = rotation.rotate(rotated, dim=dim % len(shape), transpose=transpose)
-        return rotated.reshape(x.shape)
-
-    def _angle_basis(self, method: str) -> AngleBasis:
-        if not isinstance(self.basis, AngleBasis):
-            raise TypeError(f"{method} needs a basis that keeps its angles, got {type(self.basis).__name__}")
-        return self.basis
+        if x.is_complex():
+            return torch.complex(self._rotate(x.real, transpose=transpose), self._rotate(x.imag, transpose=transpose))
+        rotated = x.to(self.d.dtype).reshape((*self.basis.shape, *x.shape[1:]))
+        return (self.basis.to_rotated if transpose else self.basis.from_rotated)(rotated).reshape(x.shape)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(n={self.shape[0]}, tensor={tuple(self.basis.shape)})"
@@ -371,3 +411,23 @@ def _worst(d: Tensor) -> str:
     if broken.numel():
         return f"an eigenvalue {broken[0].item():.3g}"
     return f"a smallest eigenvalue {d.min().item():.3g} and a smallest magnitude {d.abs().min().item():.3g}"
+
+
+def _energy(x: Tensor) -> Tensor:
+    """``|x|^2``, entry by entry."""
+    return x.real.square() + x.imag.square() if x.is_complex() else x.square()
+
+
+def _numpy_product(
+    operator: SymmetricOperator, x: NDArray[Any], doubled: SymmetricOperator | None = None
+) -> NDArray[Any]:
+    """``A x`` in the common dtype of both; ``doubled`` is the operator in float64 where it is at hand."""
+    own = np.dtype(str(operator.dtype).removeprefix("torch."))
+    wanted = np.result_type(x.dtype, own)
+    if wanted not in (np.float32, np.float64, np.complex64, np.complex128):
+        raise TypeError(f"an operator of dtype {own} multiplies real and complex numbers, got an array of {x.dtype}")
+    if wanted in (np.float64, np.complex128) and own == np.float32:
+        operator = doubled or operator.to(torch.float64)
+    with torch.no_grad():
+        # A copy: torch takes neither negative strides nor read-only memory.
+        return (operator @ torch.from_numpy(np.array(x, dtype=wanted)).to(operator.device)).cpu().numpy()

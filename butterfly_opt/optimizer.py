@@ -1,128 +1,105 @@
-"""The ``Butterfly`` optimizer: schedules and bookkeeping around ``update`` and ``refit``."""
+"""The ``Butterfly`` optimizer: hyper-parameters, state and bookkeeping around ``step``."""
 
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from butterfly_opt.angle_basis import AngleBasis
-from butterfly_opt.backend import Backend, choose_backend
-from butterfly_opt.basis import Basis
-from butterfly_opt.batch import Batch, make_batches, move_averages_, take_steps
+from butterfly_opt import newton
+from butterfly_opt.backend import choose_step
 from butterfly_opt.diagnostics import describe
-from butterfly_opt.estimate import (
-    STATE_VERSION,
-    State,
-    angle_states,
-    migrate_state,
-    move_state_,
-    new_state,
-    refit_clean_,
-    rotated_axes,
-    update_moments_,
-)
-from butterfly_opt.guard import keep_usable, remember_fingerprints_, restart_displacements_
-from butterfly_opt.layout import STRUCTURES, TensorLayout, axes_layout, flat_layout
+from butterfly_opt.estimate import hessian_diagonal, operator_of, step_diagonal
+from butterfly_opt.layout import TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
-from butterfly_opt.options import DIAGONALS, PAIRS, Options, check_parameter, has_clean_pairs, validate
-from butterfly_opt.refit import refit_pack_
-from butterfly_opt.update import CleanStep, TensorStep, known_displacement, take_clean_step
+from butterfly_opt.options import MAX_GRAD, Options, check_parameter, validate
+from butterfly_opt.stack import COUNTERS, Stack, State, check_state, make_stacks, move_state_, new_state, release
+from butterfly_opt.step import count_steps_, gradient
 
 _INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
-
-class _KnownBasis(NamedTuple):
-    """A basis with the owners of its tensors, and the angles with the versions that it was built from."""
-
-    owners: list[Tensor]
-    made_of: list[tuple[Tensor, int]]
-    basis: Basis
+_ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 class Butterfly(Optimizer):
-    r"""Preconditions every step with ``Q diag(D) Q^T``, a butterfly rotation and a diagonal.
+    r"""Preconditions every step with ``Q diag(D) Q^T``, wide butterfly rotations and a diagonal.
 
-    A drop-in for ``torch.optim.Adam``: each matrix of parameters gets an orthogonal basis of Givens
-    rotations, refitted online from secant pairs (change of parameters, change of gradient), and the
-    step is Adam's in that basis:
+    A drop-in for ``torch.optim.Adam``: each matrix of parameters gets an orthogonal basis for each of its axes, a
+    product of stages of small rotations, fitted online in closed form to the changes of the gradient, and the step is
+    Adam's in that basis:
 
-        theta -= lr Q clip( Q^T gbar / (sqrt(V) + eps), +-max_update )
+        theta -= lr Q ( m / (sqrt(V + m^2) + eps) ),   m = Q^T gbar
 
-    with ``gbar`` Adam's bias-corrected momentum and ``V`` the energy of curvature and noise in rotated
-    coordinates (``butterfly_opt.diagonal``). Source: M. Mathieu and Y. LeCun, "Fast Approximation of
-    Rotations and Hessians Matrices", arXiv:1404.7195 (2014).
+    with ``gbar`` Adam's bias-corrected momentum and ``V`` the energy of what the gradient changes by, in rotated coordinates
+    (``butterfly_opt.diagonal``). Source: M. Mathieu and Y. LeCun, "Fast Approximation of Rotations and Hessians
+    Matrices", arXiv:1404.7195 (2014).
 
     Args:
-        params: parameters or parameter groups, as for every torch optimizer.
-        lr: learning rate, a number or a 0-d tensor. It means what Adam's means.
+        params: parameters or parameter groups, as for every torch optimizer. A group may also hold ``batch_dims``: so
+            many leading dimensions of its parameters (experts) are a batch of matrices, each with its own basis.
+        lr: learning rate, a number or a tensor of one element.
         betas: decays of the averages behind the pairs (Adam's momentum) and of the squares.
         eps: added to the denominator, gradient units.
         weight_decay: decay coefficient; L2 (added to the gradient) unless ``decoupled_weight_decay``.
+        amsgrad: only False.
+        maximize: ascend.
+        foreach: accepted and ignored: many tensors are always stepped together.
+        capturable: make ``step`` safe to capture in a CUDA graph: nothing is read on the host, and every step is alike, so
+            each one refits the basis.
+        differentiable: only False.
+        fused: False takes the torch path; None and True follow ``backend``.
+        decoupled_weight_decay: AdamW's decay.
+        diagonal: "innovation" keeps 2 numbers a parameter, as Adam. "secant" regresses gradient changes on parameter
+            changes and keeps 5: it gives an inverse Hessian. "newton" takes quasi-Newton steps ``lr P g`` from pairs
+            without noise, for full or large batches: lr = 1 is a full step.
         structure: "axes" rotates the two axes of every matrix (a convolution is out x everything else);
             "flat" rotates the group as one vector, as in the paper.
-        depth: butterflies multiplied with one another on each axis.
-        diagonal: "secant" regresses gradient changes on parameter changes and keeps 5 numbers a
-            parameter; "innovation" keeps 2, as Adam.
-        pairs: "ema" takes the pairs from averages; "same_batch" calls the closure a second time after
-            the step, for clean pairs at the cost of a gradient.
-        scaling: "adam" makes a dimensionless step; "newton" makes the step ``lr D g`` in parameter units:
-            lr = 1 is a full quasi-Newton step, for full or large batches.
-        refit_every: steps between two refits of the basis (at most 2 during the first 100).
-        refit_steps: angle steps in a refit.
-        refit_lr: length of an angle step in radians; it shrinks as the basis settles.
-        max_update: no rotated coordinate moves by more than ``lr * max_update`` in one step.
-        block_size: for "flat": a power of two, the length of independent blocks; None for one block.
-        decoupled_weight_decay: AdamW's decay.
-        maximize: ascend.
-        capturable: make ``step`` safe to capture in a CUDA graph: nothing is read on the host, and every step
-            refits the basis (replays are all alike) with half of ``refit_steps``, at the cost of about two
-            more rotations a step.
+        block: coordinates that one small rotation mixes; state and work of an axis grow with it.
+        lead: outputs of a block that go on to the next stage; ``lead = block`` is the full butterfly of that radix.
+        refit_every: steps between two refits of a basis (at most 2 during the first 100).
         on_nonfinite: "skip" leaves out the step of a tensor (in "flat", of its group) whose gradient is not
             finite, and counts it (see ``diagnostics``); "raise" raises, and on a GPU waits for it.
         stochastic_rounding: round bfloat16 parameters up or down at random, without bias.
-        seed: seed of the random sketches.
-        backend: "auto", "torch" or "triton".
+        backend: "auto" takes the Triton kernels where they can run, "torch" never, "triton" or an error.
 
     Raises:
         ValueError: for a hyper-parameter out of its bounds, naming it.
-        TypeError: for complex or integer parameters.
-        NotImplementedError: for what is not implemented yet, and for distributed or sparse parameters.
+        TypeError: for trainable parameters that are complex or integer.
+        NotImplementedError: for distributed or sparse parameters.
 
-    Cost, for an m x n matrix in float32: 8 bytes a parameter ("innovation") or 20 ("secant") and about
-    ``6 depth log2(n) + 96`` bytes for each row and column; two rotations a step and a refit, whose work
-    grows with ``m + n`` only.
+    Cost, for an m x n matrix in float32: 8 bytes a parameter ("innovation") or 20 ("secant") and about ``8 block / (1 -
+    lead / block)`` bytes for each row and column; two ("innovation") or three rotations forth and one back a step, of some
+    ``2.7 block`` flops a coordinate and axis.
     """
 
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
-        structure: str = "axes",
-        depth: int = 2,
-        diagonal: str = "secant",
-        pairs: str = "ema",
-        scaling: str = "adam",
-        refit_every: int = 20,
-        refit_steps: int = 8,
-        refit_lr: float = 0.05,
-        max_update: float = 3.0,
-        block_size: int | None = None,
-        decoupled_weight_decay: bool = False,
+        foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        diagonal: str = "innovation",
+        structure: str = "axes",
+        block: int = 64,
+        lead: int = 16,
+        refit_every: int = 10,
         on_nonfinite: str = "skip",
         stochastic_rounding: bool = False,
-        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         defaults: Options = {
@@ -130,80 +107,143 @@ class Butterfly(Optimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "structure": structure,
-            "depth": depth,
-            "diagonal": diagonal,
-            "pairs": pairs,
-            "scaling": scaling,
-            "refit_every": refit_every,
-            "refit_steps": refit_steps,
-            "refit_lr": refit_lr,
-            "max_update": max_update,
-            "block_size": block_size,
-            "decoupled_weight_decay": decoupled_weight_decay,
+            "amsgrad": amsgrad,
+            "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "diagonal": diagonal,
+            "structure": structure,
+            "block": block,
+            "lead": lead,
+            "refit_every": refit_every,
             "on_nonfinite": on_nonfinite,
             "stochastic_rounding": stochastic_rounding,
-            "seed": seed,
             "backend": backend,
+            "batch_dims": 0,
         }
-        validate(cast(dict[str, Any], defaults))
-        self._bases: dict[Tensor, _KnownBasis] = {}
+        validate(defaults)
+        self._forget()
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Drops what is derived from the state."""
+        self._stacks: dict[int, list[Stack]] = {}
         self._known_skips = 0
-        super().__init__(params, cast(dict[str, Any], defaults))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in Options.__annotations__:  # a state of before an option existed
-                group.setdefault(name, self.defaults[name])
-        for own in self.state.values():  # a pickle of before the present format
-            # Hooks may leave other things in a state.
-            if isinstance(own, dict) and own.get("version", STATE_VERSION) < STATE_VERSION:
-                own.update(migrate_state(own))
-        self._bases = {}
-        self._known_skips = 0
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its hyper-parameters and parameters; see ``Optimizer``."""
-        validate({**self.defaults, **param_group})
+        merged = {**self.defaults, **param_group}
+        validate(merged)
         params = param_group["params"]
-        if not isinstance(params, Tensor) and not isinstance(params, set):
+        if not isinstance(params, Tensor | set):
             param_group["params"] = params = list(params)
         tensors = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
         for param in tensors:
             check_parameter(param)
-        merged = {**self.defaults, **param_group}
-        if merged["structure"] == "flat" and tensors:
-            flat_layout(tensors, merged["block_size"])
-        super().add_param_group(param_group)
+        if all(isinstance(param, Tensor) for param in tensors):
+            _layouts({**merged, "params": tensors})
+        super().add_param_group({**param_group, **{k: merged[k] for k in param_group if k != "params"}})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; its tensors keep their own dtype (float32) also beside bfloat16 parameters.
 
+        Where both sides have names, a group's parameters are matched by them. The state of ``torch.optim.Adam`` or
+        ``AdamW`` is taken over: its momentum goes on, the squares and the basis start afresh.
+
         Raises:
-            ValueError: if the state was written in a format this version does not know.
+            ValueError: if the state is that of another optimizer, or of a ``flat`` group in another order; nothing has
+                changed then.
+
+        Warns:
+            UserWarning: if a state of Adam is taken over, or names differ.
         """
-        saved = state_dict["state"].items()
-        migrated = {key: migrate_state(state) if isinstance(state, dict) else state for key, state in saved}
-        state_dict = {**state_dict, "state": migrated}
-        final: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, incoming: final.append(incoming))
+        prepared: list[dict[str, Any]] = []
+
+        def prepare(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            prepared.append(self._match_names(incoming))
+            self._check_states(prepared[-1])
+            return prepared[-1]
+
+        handle = self.register_load_state_dict_pre_hook(prepare)
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        self._restore_dtypes(final[-1])
+        self._adopt_states(prepared[-1], options)
 
-    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
-        """Undoes the cast of floating state to the parameters' dtype that torch makes on loading."""
-        ids = (i for group in state_dict["param_groups"] for i in group["params"])
-        params = (p for group in self.param_groups for p in group["params"])
-        for saved_id, param in zip(ids, params, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    self.state[param][key] = value.detach().clone().to(param.device)
+    def _match_names(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict with the parameters of each group in the order of their names here."""
+        groups, renamed = [], []
+        for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            theirs, ours = saved.get("param_names"), own.get("param_names")
+            if theirs and ours and theirs != ours:
+                if set(theirs) != set(ours):
+                    renamed += [(o, t) for o, t in zip(ours, theirs, strict=False) if o != t]
+                elif own["structure"] == "flat":
+                    raise ValueError(
+                        "structure='flat' estimates all parameters of a group as one vector, in order, and their order "
+                        f"is another one than in the state: {', '.join(theirs)}"
+                    )
+                else:
+                    ids = dict(zip(theirs, saved["params"], strict=True))
+                    saved = {**saved, "params": [ids[name] for name in ours], "param_names": list(ours)}
+            groups.append(saved)
+        if renamed:
+            _warn(
+                f"names differ, so states are loaded in order: {renamed[0][0]!r}, for one, takes what was saved as "
+                f"{renamed[0][1]!r}"
+            )
+        return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
+
+    def _check_states(self, state_dict: dict[str, Any]) -> None:
+        """Raises for the states of optimizers other than this one and Adam."""
+        for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            for state in (state_dict["state"].get(i) for i in saved["params"]):
+                if not state or "calls" in state:
+                    continue
+                if not _ADAM_KEYS <= set(state) <= {*_ADAM_KEYS, "max_exp_avg_sq"}:
+                    raise ValueError(
+                        "this state was not written by Butterfly, Adam or AdamW: it holds "
+                        f"{', '.join(map(str, state))}; start without it"
+                    )
+                if own["structure"] == "flat":
+                    raise ValueError("structure='flat' cannot take over a state of Adam; use structure='axes'")
+
+    def _adopt_states(self, state_dict: dict[str, Any], options: list[Options]) -> None:
+        """Undoes torch's cast of the state to the parameters' dtype, and takes over states of Adam."""
+        adopted = 0
+        for group, saved_group, own in zip(self.param_groups, state_dict["param_groups"], options, strict=True):
+            decays = [float(beta) for beta in group["betas"]]
+            states = [state_dict["state"].get(i, {}) for i in saved_group["params"]]
+            is_adam = any(state and "calls" not in state for state in states)
+            if is_adam:
+                kept = ("lr", "initial_lr", "weight_decay", "decoupled_weight_decay")
+                group.update({key: value for key, value in own.items() if key not in kept or key not in saved_group})
+            for param, saved in zip(group["params"], states, strict=True):
+                for key, value in saved.items():
+                    if key in COUNTERS:
+                        value = torch.as_tensor(value, dtype=torch.float32)  # torch once saved numbers
+                    if isinstance(value, Tensor):
+                        self.state[param][key] = value.detach().clone().to(param.device)
+                if saved and is_adam:
+                    self.state[param] = _taken_over(param, saved, group, decays[0])
+                    adopted += 1
+        if adopted:
+            _warn(
+                f"{adopted} states of Adam were taken over: the momentum goes on; squares and bases start afresh, and "
+                "all options but lr and weight decay are those of this optimizer"
+            )
 
     @torch._disable_dynamo  # Traced, a step would be compiled again with every change of its schedule.
     @torch.no_grad()
@@ -211,61 +251,127 @@ class Butterfly(Optimizer):
         """Performs one optimization step.
 
         Args:
-            closure: evaluates the model and returns the loss. With ``pairs="same_batch"`` it is required
-                and called a second time after the step, on the same batch.
+            closure: evaluates the model and returns the loss. With ``diagonal="newton"`` it is evaluated again, at half
+                of the last step, where that step was too long.
 
         Returns:
-            What the closure returned the first time.
+            What the closure returned.
 
         Raises:
-            RuntimeError: for a sparse gradient, or if ``pairs="same_batch"`` has no closure.
-            FloatingPointError: for a non-finite gradient with ``on_nonfinite="raise"``.
+            RuntimeError: for a sparse gradient.
+            FloatingPointError: for a non-finite gradient with ``on_nonfinite="raise"``; nothing has changed then.
         """
-        if closure is None and any(group["pairs"] == "same_batch" for group in self.param_groups):
-            raise RuntimeError("pairs='same_batch' needs step(closure): the gradient is evaluated again after the step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        prepared: list[list[TensorStep]] = []
-        streams = 0
-        for group in self.param_groups:
-            prepared.append(list(self._prepare_group(group, first_stream=streams)))
-            streams += len(group["params"])
-        everything = [tensor for tensors in prepared for tensor in tensors]
-        usable = keep_usable(everything)
-        if len(usable) < len(everything) and not self._known_skips:
-            self._warn_of_skips(len(everything) - len(usable))
-        waiting: list[tuple[TensorStep, CleanStep]] = []
-        for group, tensors in zip(self.param_groups, prepared, strict=True):
-            restart_displacements_(tensors)
-            taken = [tensor for tensor in usable if tensor.options is group]
-            if has_clean_pairs(cast(Options, group)):
-                waiting += [(tensor, take_clean_step(tensor, self._basis([tensor]))) for tensor in taken]
-            else:
-                self._take_steps(taken)
-            remember_fingerprints_(tensors)
-        for tensor, taken_step in waiting:
-            if taken_step.pair is not None:
-                self._refit_clean(tensor, taken_step.pair)
-        if closure is not None and any(step.pair is None for _, step in waiting):
-            with torch.enable_grad():
-                closure()
-            self._learn_same_batch([(tensor, step) for tensor, step in waiting if step.pair is None])
+        groups = [self._stacks_of(index) for index in range(len(self.param_groups))]
+        full_batch = [stack for group in groups for stack in group if stack.options["diagonal"] == "newton"]
+        if full_batch and closure is not None:
+            loss = newton.backtrack(full_batch, closure, loss)
+        counted = self._count(groups)
+        # Where one is skipped the last step stays the one that the next loss is compared with.
+        if full_batch and all(any(stack is own for own, _ in counted) for stack in full_batch):
+            newton.remember_loss_(full_batch, loss)
+        for stack, usable in counted:
+            first = stack.layouts[0]
+            take_step_ = choose_step(stack.options, first.owner.device, first.dtype)
+            (newton.take_step_ if stack.options["diagonal"] == "newton" else take_step_)(stack, usable)
         return loss
+
+    def _count(self, groups: list[list[Stack]]) -> list[tuple[Stack, Tensor]]:
+        """Passes the gate and counts the step: the stacks to be stepped, with their usable tensors, in order."""
+        places = [stacks for group in groups for stacks in _by_device(group)]
+        gates = [self._usable(stacks) for stacks in places]
+        for stacks, usable in zip(places, gates, strict=True):
+            for stack in stacks:
+                stack.count_calls_()
+            count_steps_(stacks, usable)
+        pairs = [pair for stacks, gate in zip(places, gates, strict=True) for pair in zip(stacks, gate, strict=True)]
+        return [(stack, usable) for stack, usable in pairs if not stack.is_readable or usable.any()]
+
+    def _stacks_of(self, index: int) -> list[Stack]:
+        """The stacks of a group's tensors that have a gradient: those of the step before, if nothing has changed."""
+        group = self.param_groups[index]
+        layouts = [layout for layout in _layouts(group) if any(_has_gradient(param) for param in layout.params)]
+        known = self._stacks.get(index, [])
+        owners = [layout.owner for layout in layouts]
+        if {id(p) for p in owners} == {id(layout.owner) for stack in known for layout in stack.layouts}:
+            if all(stack.options is group and stack.is_current() for stack in known):
+                return known
+        release(known)
+        states = [self._state_of(layout, group) for layout in layouts]
+        self._stacks[index] = make_stacks(layouts, states, group)
+        return self._stacks[index]
+
+    def _state_of(self, layout: TensorLayout, group: Options) -> State:
+        """The state of a tensor, made at its first gradient, and anew where it fits no more."""
+        state = self.state[layout.owner]
+        if "calls" in state and not check_state(state, layout, group):
+            _warn(
+                "the parameters of a group, or its structure, batch_dims, diagonal, block or lead, changed since the last "
+                f"step: the estimate of the tensor of shape {tuple(layout.state_shape)} restarts"
+            )
+            for key in [key for key, value in state.items() if isinstance(value, Tensor) or key == "calls"]:
+                del state[key]
+        if "calls" not in state:
+            state.update(new_state(layout, group))
+            if group["diagonal"] == "newton":
+                state.update(newton.new_state(layout, group))
+        move_state_(state, layout)
+        return state
+
+    def _usable(self, stacks: list[Stack]) -> list[Tensor]:
+        """Which tensors of each stack have a finite gradient, bool ``(tensors,)``: the only gate there is.
+
+        A tensor whose gradients have all been zero so far is not ``active``: a dummy step of zeros on a fresh optimizer,
+        as loaders make it, leaves no trace.
+
+        Args:
+            stacks: of one group and device.
+
+        Cost: one pass over the gradients. On a GPU nothing is read on the host.
+        """
+        layouts = [layout for stack in stacks for layout in stack.layouts]
+        largest = _largest_entries(layouts, stacks[0].options)
+        usable = largest < MAX_GRAD
+        has_data = type(usable) is Tensor and usable.device.type != "meta"
+        raises = has_data and stacks[0].options["on_nonfinite"] == "raise"
+        # Asked of the CPU, or where the user wants it: of a GPU it waits. There ``diagnostics`` warns.
+        if (raises or stacks[0].is_readable) and not usable.all():
+            if raises:
+                raise FloatingPointError(
+                    f"non-finite gradient (largest entry {largest[~usable][0].item()}) of the tensor of shape "
+                    f"{tuple(layouts[int((~usable).long().argmax())].state_shape)}; "
+                    "on_nonfinite='skip' leaves such steps out"
+                )
+            if not self._known_skips:
+                self._warn_of_skips(int((~usable).sum()))
+        sizes = [len(stack.layouts) for stack in stacks]
+        gates = list(usable.split(sizes))
+        for stack, gate, own in zip(stacks, gates, largest.split(sizes), strict=True):
+            stack.largest = own
+            stack.active = gate & ((own > 0) | (stack.counters["step"] > 0))
+            stack.all_usable = stack.is_readable and bool(gate.all())
+        return gates
+
+    def _warn_of_skips(self, skips: int) -> None:
+        self._known_skips += skips
+        _warn(
+            f"{skips} tensors had a gradient that is not finite, and their step was skipped; "
+            "Butterfly.diagnostics() counts such steps"
+        )
 
     def diagnostics(self) -> list[dict[str, Any]]:
         """Plain numbers on the state of each group and tensor, to be logged; computed now, and it waits for the GPU.
 
         Returns:
-            For each group a dictionary of ``steps`` (the most of its tensors), ``nonfinite_steps``, ``restarts``,
+            For each group a dictionary of ``steps`` (the most of its tensors), ``nonfinite_steps``,
             ``state_bytes`` (sums) and ``tensors``, a list of dictionaries: ``name`` (None without names),
-            ``shape`` (as rotated), ``steps`` (pairs used), ``nonfinite_steps`` (skipped), ``restarts`` (times the
-            parameters were found changed by hand), ``state_bytes``, ``noise_quantiles`` (10, 50 and 90 %;
-            standard deviation of the gradient in rotated coordinates), and where known
-            ``curvature_quantiles`` (loss units by parameter units squared; see ``inverse_hessian``),
-            ``angle_change`` (mean change of the angles of each rotated axis in a refit, radians) and
-            ``off_diagonal`` (share of the energy of the second moment along each axis off its diagonal).
+            ``shape`` (as rotated), ``steps`` (taken), ``nonfinite_steps`` (skipped), ``state_bytes``,
+            ``noise_quantiles`` (10, 50 and 90 %; standard deviation of the gradient in rotated coordinates), and where
+            known ``curvature_quantiles`` (loss units by parameter units squared; see ``inverse_hessian``) and
+            ``off_diagonal`` (of each rotated axis, the share of the energy of its second moment off the diagonal).
 
         Warns:
             UserWarning: if steps were skipped since the last look because a gradient was not finite.
@@ -273,25 +379,19 @@ class Butterfly(Optimizer):
         groups: list[dict[str, Any]] = []
         for group in self.param_groups:
             names = group.get("param_names", [None] * len(group["params"]))
-            by_owner = dict(zip(group["params"], names, strict=True))
-            states = [(layout, self.state.get(layout.owner, {})) for layout in _layouts(group)]
+            by_owner = dict(zip(map(id, group["params"]), names, strict=True))
             tensors = [
-                {"name": by_owner[layout.owner], **describe(TensorStep(layout, state, cast(Options, group), 0))}
-                for layout, state in states
-                if "signature" in state
+                {"name": by_owner[id(stack.layouts[0].owner)], **describe(stack)} for stack in self._single_stacks(group)
             ]
-            sums = {key: sum(t[key] for t in tensors) for key in ("nonfinite_steps", "restarts", "state_bytes")}
+            sums = {key: sum(t[key] for t in tensors) for key in ("nonfinite_steps", "state_bytes")}
             groups.append({"steps": max((t["steps"] for t in tensors), default=0), **sums, "tensors": tensors})
-        self._warn_of_skips(sum(group["nonfinite_steps"] for group in groups))
+        skips = sum(group["nonfinite_steps"] for group in groups)
+        if skips > self._known_skips:
+            self._warn_of_skips(skips - self._known_skips)
         return groups
 
-    def _warn_of_skips(self, skips: int) -> None:
-        if skips > self._known_skips:
-            _warn(f"{skips - self._known_skips} steps of tensors were skipped since a gradient was not finite")
-        self._known_skips = skips
-
     def preconditioner(self, target: Tensor | dict[str, Any] | None = None) -> RotatedDiagonal | DirectSum:
-        """What the next step multiplies by, ``Q diag(1 / (sqrt(V) + eps)) Q^T`` ("newton": ``Q diag(D) Q^T``).
+        """What the next step multiplies the momentum with, but for the learning rate: ``Q diag(1 / (sqrt(V) + eps)) Q^T``.
 
         Args:
             target: a parameter, a parameter group, or None for all groups.
@@ -303,13 +403,7 @@ class Butterfly(Optimizer):
         Raises:
             KeyError: if the parameter has no estimate yet.
         """
-
-        def applied(tensor: TensorStep) -> Tensor:
-            scale, tau = tensor.normalizer()
-            scale += tensor.options["eps"]
-            return 1 / scale if tensor.options["scaling"] == "adam" else known_displacement(tau) / scale
-
-        return self._operators(target, applied)
+        return self._operators(target, step_diagonal)
 
     def inverse_hessian(
         self, target: Tensor | dict[str, Any] | None = None, *, damping: float = 0.0, corrected: bool = False
@@ -326,7 +420,7 @@ class Butterfly(Optimizer):
         Args:
             target: a parameter, a parameter group, or None for all groups.
             damping: added to the curvature, ``(H + damping I)^-1``; loss units by parameter units squared.
-            corrected: whether to remove noise and bias (pairs "ema" with scaling "adam"; no effect otherwise).
+            corrected: whether to remove noise and bias (no effect for "newton", whose pairs have none).
 
         Raises:
             ValueError: for ``diagonal="innovation"``, which has no such units, for ``damping < 0``, or while
@@ -335,140 +429,65 @@ class Butterfly(Optimizer):
         """
         if not 0.0 <= damping < float("inf"):
             raise ValueError(f"Invalid damping value: {damping!r}, expected a finite number >= 0")
-        return self._operators(target, lambda tensor: 1 / (tensor.hessian_diagonal(corrected=corrected) + damping))
+        return self._operators(target, lambda stack: 1 / (hessian_diagonal(stack, corrected=corrected) + damping))
 
     def _operators(
-        self, target: Tensor | dict[str, Any] | None, diagonal: Callable[[TensorStep], Tensor]
+        self, target: Tensor | dict[str, Any] | None, diagonal: Callable[[Stack], Tensor]
     ) -> RotatedDiagonal | DirectSum:
-        parts: list[tuple[tuple[Tensor, ...], RotatedDiagonal]] = []
-        for group in [target] if isinstance(target, dict) else self.param_groups:
-            for layout in _layouts(group):
-                wanted = not isinstance(target, Tensor) or any(target is param for param in layout.params)
-                state = self.state.get(layout.owner, {})
-                if wanted and "signature" in state:
-                    tensor = TensorStep(layout, state, cast(Options, group), 0)
-                    basis = AngleBasis(layout.shape, rotated_axes(layout, state), self._backend(tensor))
-                    parts.append((layout.params, RotatedDiagonal(basis, diagonal(tensor))))
+        groups = [target] if isinstance(target, dict) else self.param_groups
+        parts = [
+            (stack.layouts[0].params, operator_of(stack, diagonal))
+            for group in groups
+            for stack in self._single_stacks(group)
+            if not isinstance(target, Tensor) or any(target is param for param in stack.layouts[0].params)
+        ]
         if not isinstance(target, Tensor):
             return DirectSum(parts)
         if not parts:
             raise KeyError(f"no estimate for this parameter of shape {tuple(target.shape)}: it took no step yet")
         return parts[0][1]
 
-    def _prepare_group(self, group: dict[str, Any], *, first_stream: int) -> Iterator[TensorStep]:
-        """The tensors of a group that have a gradient in this step."""
-        for stream, layout in enumerate(_layouts(group), first_stream):
-            if any(param.grad is not None and param.numel() for param in layout.params):
-                yield self._prepare(group, layout, stream=stream)
+    def _single_stacks(self, group: Options) -> list[Stack]:
+        """Every tensor of a group that has a state, by itself."""
+        known = [(layout, self.state.get(layout.owner, {})) for layout in _layouts(group)]
+        return [Stack([layout], [state], group, 0) for layout, state in known if "calls" in state]
 
-    def _prepare(self, group: dict[str, Any], layout: TensorLayout, *, stream: int) -> TensorStep:
-        """State (made at the first gradient) and basis of a tensor."""
-        for param in layout.params:
-            if param.grad is not None and param.grad.is_sparse:
-                raise RuntimeError("Butterfly does not support sparse gradients; use dense ones (sparse=False)")
-        state = self.state[layout.owner]
-        signature = _signature(group, layout)
-        if state.get("signature", signature) != signature:
-            _warn(
-                "the parameters of a group, or its structure, block_size, depth, diagonal, pairs or scaling, "
-                f"changed since the last step: the estimate of the tensor of shape {layout.shape} restarts"
-            )
-            for key in _own_keys(state):
-                del state[key]
-        if "signature" not in state:
-            fresh = new_state(
-                layout,
-                depth=group["depth"],
-                diagonal=group["diagonal"],
-                pairs=group["pairs"],
-                clean=has_clean_pairs(cast(Options, group)),
-            )
-            state.update(fresh, signature=signature)
-        move_state_(state, layout)
-        state["calls"] += 1
-        return TensorStep(layout, state, cast(Options, group), stream)
 
-    def _basis(self, tensors: Sequence[TensorStep]) -> Basis:
-        """The common basis of tensors of one shape, built again whenever one of their angles has changed.
+class ButterflyW(Butterfly):
+    """``Butterfly`` with decoupled weight decay, to it what ``torch.optim.AdamW`` is to ``Adam``.
 
-        With ``capturable`` it is built anew each time: a captured graph must read the present angles.
-        """
-        first = tensors[0]
-        axes = [rotated_axes(tensor.layout, tensor.state) for tensor in tensors]
-        made_of = [(angle, angle._version) for tensor_axes in axes for _, angle in tensor_axes]
-        owners = [tensor.layout.owner for tensor in tensors]
-        known = self._bases.get(owners[0])
-        if known is not None and [(id(a), v) for a, v in known.made_of] == [(id(a), v) for a, v in made_of]:
-            return known.basis
-        stacked = axes[0]
-        if len(tensors) > 1:
-            stacked = [(same[0][0], torch.stack([angle for _, angle in same])) for same in zip(*axes, strict=True)]
-        basis = Basis(first.layout.shape, stacked, self._backend(first))
-        if not first.options["capturable"]:
-            # A tensor is in one basis only: what it shared with others goes, or freezing would leave stacks behind.
-            for outdated in [self._bases[owner] for owner in owners if owner in self._bases]:
-                for owner in outdated.owners:
-                    self._bases.pop(owner, None)
-            self._bases |= dict.fromkeys(owners, _KnownBasis(owners, made_of, basis))
-        return basis
+    ``theta <- theta (1 - lr weight_decay)`` before the step of ``Butterfly``; see there for all other arguments.
+    """
 
-    @staticmethod
-    def _backend(tensor: TensorStep) -> Backend:
-        return choose_backend(tensor.options["backend"], tensor.layout.owner.device, tensor.layout.dtype)
-
-    def _take_steps(self, tensors: Sequence[TensorStep]) -> None:
-        """The steps of the tensors of a group, and the refits of those that are due."""
-        by_device: dict[torch.device, list[TensorStep]] = defaultdict(list)
-        for tensor in tensors:
-            by_device[tensor.layout.owner.device].append(tensor)
-        for there in by_device.values():
-            backend = self._backend(there[0])
-            batches = make_batches(there, self._basis, backend)
-            take_steps(batches, backend)
-            self._refit([batch for batch in batches if batch.tensors[0].refit_is_due], backend)
-
-    def _refit(self, batches: Sequence[Batch], backend: Backend) -> None:
-        """Refits all axes of the batches, packed into one butterfly for each dtype, and moves the averages."""
-        packs: dict[Any, list[tuple[TensorStep, int]]] = defaultdict(list)
-        for batch in batches:
-            for tensor in batch.tensors:
-                for axis, (_, stages, _) in enumerate(tensor.layout.angles_shapes(depth=1)):
-                    packs[tensor.layout.dtype, tensor.layout.stages, stages <= backend.short_stages].append(
-                        (tensor, axis)
-                    )
-        for axes in packs.values():
-            options = axes[0][0].options
-            refit_pack_(
-                [
-                    (t.state[f"sketch{axis}"], angle_states(t.layout, t.state)[axis], t.state["angle_steps"])
-                    for t, axis in axes
-                ],
-                steps=axes[0][0].refit_steps,
-                refit_lr=options["refit_lr"],
-                usable=[t.usable for t, _ in axes if t.usable is not None] or None,
-                backend=backend,
-            )
-        for batch in batches:
-            for tensor in batch.tensors:
-                steps = tensor.refit_steps
-                tensor.state["angle_steps"] += steps if tensor.usable is None else steps * tensor.usable
-            move_averages_(batch.tensors, batch.basis, self._basis(batch.tensors))
-
-    def _learn_same_batch(self, waiting: Sequence[tuple[TensorStep, CleanStep]]) -> None:
-        """Takes the clean pairs into the estimates; the gradients are those after the step, on the same batch."""
-        usable = {id(tensor.state) for tensor in keep_usable([tensor for tensor, _ in waiting])}
-        for tensor, step in waiting:
-            if id(tensor.state) in usable:
-                u = tensor.rotated_gradient(self._basis([tensor])).sub_(step.grad)
-                update_moments_(tensor.state, u, step.written, weight=step.weight, pair_weight=step.weight)
-                self._refit_clean(tensor, (u, step.written))
-
-    def _refit_clean(self, tensor: TensorStep, pair: tuple[Tensor, Tensor]) -> None:
-        """Refits the basis of one tensor to a clean pair, if it is due."""
-        if tensor.refit_is_due:
-            basis = self._basis([tensor])
-            refit_clean_(tensor.layout, tensor.state, basis, *pair)
-            move_averages_([tensor], basis, self._basis([tensor]))
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        diagonal: str = "innovation",
+        structure: str = "axes",
+        block: int = 64,
+        lead: int = 16,
+        refit_every: int = 10,
+        on_nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize, capturable=capturable,
+            differentiable=differentiable, fused=fused, decoupled_weight_decay=True, diagonal=diagonal,
+            structure=structure, block=block, lead=lead, refit_every=refit_every, on_nonfinite=on_nonfinite,
+            stochastic_rounding=stochastic_rounding, backend=backend,
+        )  # fmt: skip
 
 
 def _warn(message: str) -> None:
@@ -479,25 +498,51 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def _layouts(group: dict[str, Any]) -> list[TensorLayout]:
-    """The tensors of a group."""
+def _taken_over(param: Tensor, saved: State, group: Options, beta: float) -> State:
+    """A new state with the momentum of Adam, which averages without bias correction, with decay ``beta``."""
+    state = new_state(axes_layout(param, group["batch_dims"]), group)
+    steps = torch.as_tensor(saved["step"], dtype=torch.float32).to(param.device)
+    state["exp_avg"].copy_(saved["exp_avg"] / (1 - beta ** steps.clamp_min(1)))
+    return {**state, "momentum_steps": steps.clone()}
+
+
+def _layouts(group: Options) -> list[TensorLayout]:
+    """The tensors of a group; frozen parameters that are not floating point are left alone."""
+    params = [param for param in group["params"] if param.is_floating_point()]
     if group["structure"] == "flat":
-        return [flat_layout(group["params"], group["block_size"])] if group["params"] else []
-    return [axes_layout(param) for param in group["params"]]
+        layouts = [flat_layout(params)] if params else []
+    else:
+        layouts = [axes_layout(param, group["batch_dims"]) for param in params]
+    # Its estimate brings a basis of its own.
+    return [replace(layout, rotated=()) for layout in layouts] if group["diagonal"] == "newton" else layouts
 
 
-def _signature(group: dict[str, Any], layout: TensorLayout) -> list[Any]:
-    """What the state of a tensor is made for; any change restarts it.
-
-    Numbers only: ``Optimizer.load_state_dict`` rebuilds every iterable in a state, and breaks strings.
-    """
-    kinds = [STRUCTURES.index(group["structure"]), DIAGONALS.index(group["diagonal"]), PAIRS.index(group["pairs"])]
-    kinds.append(int(has_clean_pairs(cast(Options, group))))
-    return [*kinds, group["depth"], group["block_size"] or 0, [list(param.shape) for param in layout.params]]
+def _has_gradient(param: Tensor) -> bool:
+    if param.grad is not None and param.grad.is_sparse:
+        raise RuntimeError("Butterfly does not support sparse gradients; use dense ones (sparse=False)")
+    return param.grad is not None and param.numel() > 0
 
 
-def _own_keys(state: State) -> Iterable[str]:
-    """Keys of ours in a state that may hold keys of others (hooks)."""
-    return [
-        key for key, value in state.items() if isinstance(value, Tensor) or key in ("version", "calls", "signature")
+def _by_device(stacks: list[Stack]) -> list[list[Stack]]:
+    places: dict[torch.device, list[Stack]] = defaultdict(list)
+    for stack in stacks:
+        places[stack.layouts[0].owner.device].append(stack)
+    return list(places.values())
+
+
+def _largest_entries(layouts: list[TensorLayout], options: Options) -> Tensor:
+    """Largest absolute gradient entry of each tensor, NaN where one is: float32 ``(len(layouts),)``."""
+    given = [
+        [gradient(p, p.grad, options, layout.dtype) for p in layout.params if p.grad is not None and p.numel()]
+        for layout in layouts
     ]
+    grads = [grad for own in given for grad in own]
+    if grads[0].device.type == "cpu":
+        # An infinity norm takes twenty times as long on a CPU.
+        ends = torch.stack([end.float() for grad in grads for end in torch.aminmax(grad)])
+        largest = ends.abs().view(-1, 2).amax(1)
+    else:
+        largest = torch.stack(list(torch._foreach_norm(grads, float("inf"), dtype=torch.float32)))
+    if len(grads) == len(layouts):
+        return largest
+    return torch.stack([part.amax() for part in largest.split([len(own) for own in given])])

@@ -1,338 +1,290 @@
-"""Butterfly rotations: an orthogonal matrix as a product of (n/2) log2(n) Givens rotations.
+"""The rotation of an axis: a wide butterfly that is fitted in closed form to second moments.
 
-Method of M. Mathieu and Y. LeCun, "Fast Approximation of Rotations and Hessians Matrices",
-arXiv:1404.7195 (2014), section 2. Pure functions on tensors; nothing here knows an optimizer.
+``Q`` is a product of stages of small orthogonal matrices (``plan``), after M. Mathieu and Y. LeCun, "Fast Approximation
+of Rotations and Hessians Matrices", arXiv:1404.7195 (2014). Nothing here knows an optimizer. With ``B`` the matrix
+of a group, ``v`` the values that enter it and ``C`` their running second moment,
 
-Definition. A vector of ``n`` coordinates passes through ``num_stages(n) = ceil(log2 n)`` stages.
-Stage ``l`` has ``stride = 2**l`` and turns each pair of coordinates ``(i, i + stride)``, with bit
-``l`` of ``i`` zero, by an angle of its own, as in a fast Fourier transform. Where ``n`` is no power
-of two, a coordinate whose partner would lie outside the vector is left alone, so the product is
-orthogonal at every length. With the 2 x 2 blocks
+    observe   C <- (1 - weight) C + weight v v^T                     v summed over the other axes of the tensor
+    start     B <- eigenvectors of C, the leading ones first, from the leaves to the root
+    refit     B <- qr(C B), one orthogonal iteration, from the leaves to the root
 
-    G(t) = [[cos t, -sin t],          Q = G_0 G_1 ... G_{num_stages - 1}
-            [sin t,  cos t]]
+A pair of directions of nearly equal energy moves by its correlation only, so that averages kept in rotated
+coordinates stay valid over a refit. Where the matrices of the children of a group change from B to B', its own ``C`` and
+``B`` are *transported*: stated in the new outputs of the children, ``C <- T C T^T, B <- T B`` with
+``T = (B'^T B)[:lead, :lead]`` child by child.
 
-``Q^T x`` applies stage 0 first. ``depth`` butterflies may follow one another; ``Q`` is the product.
-
-Glossary, used throughout the package:
-
-    n            length of the rotated axis
-    num_stages   stages of one butterfly, ceil(log2 n); fewer give independent blocks of 2**num_stages
-    stride       2**l, the distance of the two partners in stage l
-    angles       (*batch, depth, num_stages, n // 2), radians; pair number p of stage l, in ascending
-                 order of its lower partner, reads ``angles[..., l, p]``; slots beyond the last pair
-                 of a stage are unused and stay zero
-    depth        butterflies multiplied with one another
-    Q            rotation, n x n; its columns are the basis vectors
-    u = Q^T y    rotated coordinates of a vector y
-    delta_theta  s, a change of parameters
-    delta_grad   y, the change of gradient that belongs to it
-    D            diagonal of the inverse-Hessian estimate Q diag(D) Q^T
-
-Cost of a rotation: 3 n num_stages depth flops a column; memory: one copy of the input.
+Everything is batched: ``count`` rotations of one length, of as many tensors, are one object.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from butterfly_opt.plan import Plan, Stage, make_plan
 
-def num_stages(n: int) -> int:
-    """Number of stages of a butterfly on ``n`` coordinates, ``ceil(log2 n)``; 0 for n = 1.
+MAX_DENSE_LENGTH = 128
+"""Axes up to this length are rotated by one dense product: on a CPU faster than the stages, which beat it from 200 on
+(``python -m experiments.bench_rotation``)."""
 
-    Raises:
-        ValueError: if ``n < 1``.
-    """
-    if n < 1:
-        raise ValueError(f"a butterfly needs n >= 1 coordinates, got n = {n}")
-    return (n - 1).bit_length()
+MAX_SQUARE_NUMBERS = 1 << 22
+"""Numbers held at a time while entries of Q are squared (32 MiB in float64)."""
 
 
-def angles_shape(n: int, *, depth: int = 1, stages: int | None = None) -> tuple[int, int, int]:
-    """Shape ``(depth, num_stages, n // 2)`` of the angles of a butterfly on ``n`` coordinates.
+class Rotation:
+    """``count`` rotations of axes of length n, with the statistics they are fitted to.
 
     Args:
-        n: length of the rotated axis, >= 1.
-        depth: butterflies multiplied with one another, >= 1.
-        stages: keep only the first ``stages`` stages, which rotates independent blocks of
-            ``2**stages`` consecutive coordinates; all stages if None.
+        plan: the groups.
+        matrices: ``(count, plan.numel)``, the orthogonal matrices of all groups one after the other (``plan.views``),
+            float32 or float64. Gradients flow into them.
+        moments: the second moments, of the same shape; None for a rotation that is not fitted.
 
-    Raises:
-        ValueError: if ``n < 1``, ``depth < 1`` or ``stages < 0``.
-    """
-    if depth < 1:
-        raise ValueError(f"a butterfly needs depth >= 1, got depth = {depth}")
-    if stages is not None and stages < 0:
-        raise ValueError(f"stages must be None or >= 0, got {stages}")
-    full = num_stages(n)
-    return depth, full if stages is None else min(stages, full), n // 2
+    Both tensors are the state: ``observe_``, ``start_`` and ``refit_`` write into them and nowhere else.
 
-
-def rotate(x: Tensor, angles: Tensor, *, dim: int = -1, transpose: bool = False) -> Tensor:
-    """Computes ``Q x`` (or ``Q^T x`` with ``transpose``) along one axis of ``x``.
-
-    Args:
-        x: real tensor whose axis ``dim`` has length n. Batch dimensions of ``angles`` are the
-            leading dimensions of ``x``.
-        angles: ``(*batch, depth, num_stages, n // 2)``, float32 or float64.
-        dim: the rotated axis.
-        transpose: apply the inverse ``Q^T``, from the original to the rotated coordinates.
-
-    Returns:
-        A new contiguous tensor of the shape of ``x`` in the promoted dtype of ``x`` and ``angles``:
-        bfloat16 and float16 input is computed and returned in float32.
-
-    Raises:
-        TypeError: if ``x`` or ``angles`` is not real floating point.
-        ValueError: if the shapes do not belong together.
-    """
-    columns = _to_columns(x, angles, dim)
-    rotate_columns_(columns, angles, transpose=transpose)
-    return columns.view(x.shape)
-
-
-def angle_gradient(u: Tensor, grad_u: Tensor, angles: Tensor, *, dim: int = -1) -> Tensor:
-    """Gradient of a loss of ``u = Q^T y`` with respect to the angles, by rotating back.
-
-    A Givens rotation moves its outputs ``(lo, hi)`` by ``(hi, -lo)`` per radian, so
-    ``dL/dt = sum grad_lo * hi - grad_hi * lo`` over the columns. Since each stage is orthogonal its
-    inputs are recomputed from its outputs: no intermediate vector is stored.
-
-    Args:
-        u: ``Q^T y`` along ``dim``, as returned by ``rotate(y, angles, dim=dim, transpose=True)``.
-        grad_u: ``dL/du``, the shape of ``u``.
-        angles: ``(*batch, depth, num_stages, n // 2)``.
-        dim: the rotated axis.
-
-    Returns:
-        ``dL/dangles``, the shape of ``angles``, summed over all other dimensions of ``u``. Unused
-        slots are zero.
-
-    Raises:
-        TypeError: if an argument is not real floating point.
-        ValueError: if the shapes do not belong together.
-
-    Cost: two rotations and one reduction. The vector ``Q grad_u`` comes for free but is not returned.
-    """
-    if u.shape != grad_u.shape:
-        raise ValueError(f"u and grad_u must have one shape, got {tuple(u.shape)} and {tuple(grad_u.shape)}")
-    both = torch.stack((_to_columns(u, angles, dim), _to_columns(grad_u, angles, dim)))
-    cos, sin = angles.cos(), angles.sin()
-    gradient = torch.zeros_like(angles)
-    depth, stages, _ = angles.shape[-3:]
-    for butterfly in reversed(range(depth)):
-        for stage in reversed(range(stages)):
-            out = gradient[..., butterfly, stage, :]
-            for (lo, hi), slots, pairs in _stage_pairs(both, stage):
-                moment = lo[1] * hi[0] - hi[1] * lo[0]
-                summed = moment.sum(-1).sum(angles.dim() - 3)
-                out[..., slots] = summed.reshape(*out.shape[:-1], pairs.numel())
-            _turn_(both, cos[..., butterfly, stage, :], sin[..., butterfly, stage, :], stage)
-    return gradient
-
-
-def _whole_blocks(n: int, stages: int) -> int:
-    """``n`` rounded up: a coordinate without partner gets one that is zero, and the angle 0."""
-    return -(-n >> stages) << stages
-
-
-class StoredPass:
-    """The gradient of the angles as ``angle_gradient`` gives it, with the output of every stage stored.
-
-    Two rotations instead of three, in buffers and views made once: for refits, where few columns pass through
-    many stages again and again, and the calls cost as much as the arithmetic.
-
-    Args:
-        columns: ``y``, or any tensor of its shape ``(n, k)``.
-        angles: the angles, or any tensor of their shape ``(depth, num_stages, n // 2)``.
-
-    Memory: ``2.5 depth num_stages + 3`` tensors of the size of the columns.
+    Cost: a rotation of one column takes ``2 sum size^2`` flops over the groups, about ``2.7 n block`` for
+    ``lead = block / 4``; the state ``2 plan.numel`` numbers.
     """
 
-    def __init__(self, columns: Tensor, angles: Tensor) -> None:
-        (n, k), (depth, stages, slots) = columns.shape, angles.shape
-        self.n, self.slots = n, slots
-        padded = _whole_blocks(n, stages)
-        self.cos, self.sin, self.moments = (columns.new_zeros(depth, stages, padded // 2, k) for _ in range(3))
-        self.cos.fill_(1)
-        self.outputs = columns.new_zeros(depth * stages + 1, padded, k)
-        self.grads = columns.new_zeros(2, padded, k)
-        self.views: list[tuple[Tensor, ...]] = []
-        for index in range(depth * stages):
-            butterfly, stage = divmod(index, stages)
-            buffers = self.outputs[index], self.outputs[index + 1], self.grads[index % 2 - 1], self.grads[index % 2]
-            partners = [part for buffer in buffers for part in buffer.view(-1, 2, 1 << stage, k).unbind(1)]
-            angled = [each[butterfly, stage].view(-1, 1 << stage, k) for each in (self.cos, self.sin, self.moments)]
-            self.views.append((*angled, *partners))
+    def __init__(self, plan: Plan, matrices: Tensor, moments: Tensor | None = None) -> None:
+        self.plan, self.matrices, self.moments = plan, matrices, moments
+        self._dense: tuple[int, Tensor] | None = None
+        self._stages = list(zip(plan.stages, plan.views(matrices), strict=True))
+        self._moments = None if moments is None else plan.views(moments)
 
-    @staticmethod
-    def size(n: int, columns: int, depth: int, num_stages: int) -> int:
-        """Numbers kept for ``columns`` vectors of length ``n``."""
-        return _whole_blocks(n, num_stages) * columns * (5 * depth * num_stages + 6) // 2
+    @classmethod
+    def identity(
+        cls,
+        n: int,
+        *,
+        block: int = 64,
+        lead: int = 16,
+        count: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> "Rotation":
+        """Rotations that leave everything as it is, with statistics of zero."""
+        plan = make_plan(n, block, lead)
+        moments = torch.zeros(count, plan.numel, dtype=dtype, device=device)
+        matrices = torch.zeros_like(moments)
+        for view in (view for runs in plan.views(matrices) for view in runs):
+            view.diagonal(dim1=-2, dim2=-1).fill_(1)
+        return cls(plan, matrices, moments)
 
-    def gradient(self, y: Tensor, residual: Callable[[Tensor], Tensor], angles: Tensor) -> Tensor:
-        """Gradient of a loss of ``u = Q^T y``.
+    @property
+    def count(self) -> int:
+        """Number of rotations."""
+        return len(self.matrices)
+
+    def to_rotated(self, x: Tensor, *, dim: int = -2) -> Tensor:
+        """``u = Q^T x``.
 
         Args:
-            y: columns.
-            residual: gives ``dL/du``.
-            angles: the angles.
+            x: ``(count, n, columns)``, or with ``dim = -1`` ``(count, columns, n)``, in the dtype of the matrices.
+            dim: the rotated axis, -2 or -1.
 
         Returns:
-            ``dL/dangles``, a new tensor of the shape of ``angles``.
+            A tensor of the shape of ``x``; ``x`` itself only where there is no stage.
         """
-        self.cos[..., : self.slots, :] = angles.cos().unsqueeze(-1)
-        self.sin[..., : self.slots, :] = angles.sin().unsqueeze(-1)
-        self.outputs[0, : self.n] = y
-        for cos, sin, _, lo, hi, out_lo, out_hi, *_ in self.views:
-            torch.mul(lo, cos, out=out_lo).addcmul_(hi, sin)
-            torch.mul(hi, cos, out=out_hi).addcmul_(lo, sin, value=-1)
-        self.grads[len(self.views) % 2 - 1, : self.n] = residual(self.outputs[-1, : self.n])
-        for cos, sin, moment, _, _, out_lo, out_hi, lo, hi, grad_lo, grad_hi in reversed(self.views):
-            torch.mul(grad_lo, out_hi, out=moment).addcmul_(grad_hi, out_lo, value=-1)
-            torch.mul(grad_lo, cos, out=lo).addcmul_(grad_hi, sin, value=-1)
-            torch.mul(grad_hi, cos, out=hi).addcmul_(grad_lo, sin)
-        # The sum over the columns, which a product does several times faster than a sum over a short dimension.
-        return (self.moments @ self.moments.new_ones(self.moments.shape[-1]))[..., : self.slots].contiguous()
+        if self._is_short:
+            q = self.dense()
+            return q.mT @ x if dim == -2 else x @ q
+        x = x if dim == -2 else x.mT
+        u = _apply([(stage, [matrix.mT for matrix in matrices]) for stage, matrices in self._stages], x)
+        return u if dim == -2 else u.mT.contiguous()
+
+    def from_rotated(self, u: Tensor, *, dim: int = -2) -> Tensor:
+        """``x = Q u``, the inverse of ``to_rotated``."""
+        if self._is_short:
+            q = self.dense()
+            return q @ u if dim == -2 else u @ q.mT
+        x = _apply(self._stages[::-1], u if dim == -2 else u.mT)
+        return x if dim == -2 else x.mT.contiguous()
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether one dense product is faster than the stages."""
+        return self.plan.n <= MAX_DENSE_LENGTH and len(self.plan.stages) > 0
+
+    def dense(self) -> Tensor:
+        """The matrices Q, ``(count, n, n)``, made anew when the matrices have changed. Cost: n columns."""
+        made_of = self.matrices._version
+        if self._dense is None or self._dense[0] != made_of or self.matrices.requires_grad:
+            q = torch.eye(self.plan.n, dtype=self.matrices.dtype, device=self.matrices.device).expand(self.count, -1, -1)
+            self._dense = made_of, _apply(self._stages[::-1], q)
+        return self._dense[1]
+
+    def squared(self, d: Tensor) -> Tensor:
+        """``(Q o Q) d``, Q o Q the squares of the entries: the diagonal of ``Q diag(d) Q^T``.
+
+        In the full plan every entry of Q is one path through the stages, so its square is a product of squares. In
+        the leading plan paths add up within a block: the diagonal blocks ``B (children's blocks) B^T`` are carried from
+        the root to the leaves, exactly.
+
+        Args:
+            d: ``(count, n, columns)``.
+
+        Cost: for a column O(n block) in the full plan, O(n block^2) in the leading one; memory O(block) times ``d``,
+            a slice of columns at a time.
+        """
+        if self.plan.is_full:
+            return _apply([(stage, [m.square() for m in matrices]) for stage, matrices in self._stages[::-1]], d)
+        width = max(1, MAX_SQUARE_NUMBERS // (self.count * self.plan.n * self.plan.block))
+        return torch.cat([self._squared_columns(part) for part in d.split(width, dim=-1)], dim=-1)
+
+    def _squared_columns(self, d: Tensor) -> Tensor:
+        lead, blocks = self.plan.lead, None  # of the children: (count, columns, groups, lead, lead) each
+        for stage, matrices in reversed(self._stages):
+            part = d if stage.index is None else d.index_select(-2, stage.index_on(d.device))
+            groups: list[Tensor] = []
+            for run, matrix, values in zip(stage.runs, matrices, _split(stage, part), strict=True):
+                inner = torch.diag_embed(values.permute(0, 3, 1, 2))
+                if blocks is not None:
+                    own, blocks = blocks[:, :, : run.count], blocks[:, :, run.count :]
+                    inner[..., :lead, :lead] = own
+                groups.append(matrix[:, None] @ inner @ matrix[:, None].mT)
+            if stage.index is None:
+                diagonals = [g.diagonal(dim1=-2, dim2=-1).flatten(2) for g in groups]
+                return torch.cat(diagonals, dim=2).mT.contiguous()
+            below = [_children(group, lead) for group in groups]
+            blocks = torch.cat(below, dim=2)
+        return d
+
+    def observe_(self, values: Tensor, weight: float | Tensor) -> None:
+        """Takes vectors into the second moments: ``C <- (1 - weight) C + weight v v^T``, in place.
+
+        Args:
+            values: ``(count, n, columns)``; other axes of a tensor may be rotated or not, their sum is the same.
+            weight: a number, or ``(count,)``.
+
+        Cost: that of a rotation, and as much again for the products.
+        """
+        weight = weight.view(-1, 1, 1, 1) if isinstance(weight, Tensor) else weight
+        for moments, _, entering in self._entering(values):
+            for moment, v in zip(moments, entering, strict=True):
+                moment.lerp_(v @ v.mT, weight)
+
+    def start_(self, values: Tensor) -> None:
+        """Fits the matrices to the second moments of ``values`` alone, by eigenvectors, leading first.
+
+        Raises:
+            ValueError: if ``values`` is not finite.
+        """
+        for moments, matrices, entering in self._entering(values):
+            for moment, matrix, v in zip(moments, matrices, entering, strict=True):
+                moment.copy_(v @ v.mT)
+                matrix.copy_(_eigenvectors(moment))
+
+    def _entering(self, values: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+        """Stage by stage the moments and matrices of its runs, and the values that enter them.
+
+        The matrices may be changed before the next stage is asked for.
+        """
+        lead = self.plan.lead
+        for (stage, matrices), moments in zip(self._stages, self._known_moments(), strict=True):
+            if not self.plan.is_full:
+                entering = _split(stage, values)  # the leading outputs of the stage before, in the order of its groups
+                yield moments, matrices, entering
+                if stage is not self.plan.stages[-1]:
+                    leading = [m[..., :lead].mT @ v for m, v in zip(matrices, entering, strict=True)]
+                    values = _join([part.flatten(1, 2) for part in leading])
+                continue
+            part = values if stage.index is None else values.index_select(-2, stage.index_on(values.device))
+            yield moments, matrices, _split(stage, part)
+            values = _apply([(stage, [matrix.mT for matrix in matrices])], values)
+
+    def _known_moments(self) -> list[list[Tensor]]:
+        if self._moments is None:
+            raise ValueError("this rotation keeps no second moments")
+        return self._moments
+
+    def refit_(self, usable: Tensor | None = None) -> None:
+        """One orthogonal iteration of every group on its second moment, with transport, in place.
+
+        Args:
+            usable: bool ``(count,)``; rotations where it is False stay as they are.
+
+        Cost: a QR decomposition and four products of each group.
+        """
+        change: Tensor | None = None  # of the leading outputs of the stage before, (count, groups, lead, lead)
+        keep = None if usable is None else ~usable.view(-1, 1, 1, 1)
+        for (_, matrices), moments in zip(self._stages, self._known_moments(), strict=True):
+            changes = []
+            for moment, matrix in zip(moments, matrices, strict=True):
+                before, moved = matrix, moment
+                if change is not None:
+                    children = matrix.shape[1] * (matrix.shape[-1] // self.plan.lead)
+                    own, change = change[:, :children], change[:, children:]
+                    moved = _transport(own, _transport(own, moment).mT).mT
+                    before = _transport(own, matrix)
+                after = orthogonalize(moved @ before)
+                if keep is not None:
+                    after, moved = torch.where(keep, matrix, after), torch.where(keep, moment, moved)
+                if not self.plan.is_full:
+                    lead = self.plan.lead
+                    changes.append(after[..., :lead].mT @ before[..., :lead])
+                matrix.copy_(after)
+                moment.copy_(moved)
+            change = _join(changes) if changes else None
 
 
-def angle_curvature(u: Tensor, grad_u: Tensor, weights: Tensor, angles: Tensor, *, dim: int = -1) -> Tensor:
-    """Second derivatives of ``L = 1/2 sum weights u^2``, ``u = Q^T y``, with respect to each angle.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The orthogonal factor of ``Q R``, R with a diagonal >= 0, ``(..., n, n)``: by Householder reflections.
 
-    With ``W`` the quadratic form of ``L`` at the outputs ``(lo, hi)`` of a stage, a second derivative is
-    ``W_lo hi^2 + W_hi lo^2 - lo grad_lo - hi grad_hi``. The diagonal of ``W`` is carried back through the
-    stages by squared cosines and sines, which is exact for depth 1, where every entry of ``Q`` is a
-    single path; the off-diagonal entry of a pair is left out.
-
-    Args:
-        u: rotated vectors.
-        grad_u: ``weights * u``.
-        weights: non-negative, the shape of ``u``.
-        angles: ``(*batch, depth, num_stages, n // 2)``.
-        dim: the rotated axis.
-
-    Returns:
-        The curvatures, of the shape of ``angles``, summed over all other dimensions of ``u``.
-
-    Cost: three rotations.
+    Accurate whatever the condition; columns of zero are completed to a basis.
     """
-    both = torch.stack((_to_columns(u, angles, dim), _to_columns(grad_u, angles, dim)))
-    form = _to_columns(weights, angles, dim)
-    cos, sin = angles.cos(), angles.sin()
-    curvature = torch.zeros_like(angles)
-    depth, stages, _ = angles.shape[-3:]
-    for butterfly in reversed(range(depth)):
-        for stage in reversed(range(stages)):
-            c, s = cos[..., butterfly, stage, :], sin[..., butterfly, stage, :]
-            out = curvature[..., butterfly, stage, :]
-            for ((lo, hi), slots, pairs), ((w_lo, w_hi), _, _) in zip(
-                _stage_pairs(both, stage), _stage_pairs(form, stage), strict=True
-            ):
-                moment = w_lo * hi[0].square() + w_hi * lo[0].square() - lo[0] * lo[1] - hi[0] * hi[1]
-                out[..., slots] = moment.sum(-1).sum(angles.dim() - 3).reshape(*out.shape[:-1], pairs.numel())
-                keep = c[..., slots].square().reshape(*c.shape[:-1], 1, *pairs, 1)
-                swapped = (w_lo - w_hi) * (1 - keep)
-                w_lo -= swapped
-                w_hi += swapped
-            _turn_(both, c, s, stage)
-    return curvature
+    q, r = torch.linalg.qr(matrices)
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return q * signs.to(q.dtype).unsqueeze(-2)
 
 
-def pair_moments_pass_(
-    columns: Tensor, angles: Tensor, update: Callable[[int, int, slice, Tensor, Tensor], Tensor]
-) -> None:
-    """Takes two vectors through ``Q^T`` stage by stage, letting each stage choose its angles first.
-
-    Args:
-        columns: ``(2, 1, n, 1)``, both vectors, overwritten with their rotated coordinates.
-        angles: ``(depth, num_stages, n // 2)``, overwritten stage by stage.
-        update: called as ``update(butterfly, stage, slots, lo, hi)`` with the partners before the stage,
-            each ``(2, pairs)``; returns the angles of these slots.
-    """
-    for butterfly in range(angles.shape[0]):
-        for stage in range(angles.shape[1]):
-            row = angles[butterfly, stage]
-            for (lo, hi), slots, _ in _stage_pairs(columns, stage):
-                row[slots] = update(butterfly, stage, slots, lo.reshape(2, -1), hi.reshape(2, -1))
-            _turn_(columns, row.cos(), -row.sin(), stage)
+def _eigenvectors(moments: Tensor) -> Tensor:
+    """Orthonormal eigenvectors of symmetric matrices, the largest eigenvalue first."""
+    # In float64, relative to the largest entry and without subnormal numbers: on the second moments of one float32
+    # gradient with dead rows the decomposition does not always converge.
+    scale = moments.abs().amax((-2, -1), keepdim=True)
+    relative = moments.double() / torch.where(scale > 0, scale, 1.0)
+    relative.masked_fill_(relative.abs() < 1e-30, 0.0)
+    return torch.linalg.eigh(relative).eigenvectors.flip(-1).to(moments.dtype)
 
 
-def dense_rotation(angles: Tensor, n: int) -> Tensor:
-    """The matrix ``Q``, for inspection: ``(*batch, n, n)``, in the dtype of ``angles``.
-
-    Cost: O(n^2 log n) time, O(n^2) memory.
-    """
-    eye = torch.eye(n, dtype=angles.dtype, device=angles.device)
-    return rotate(eye.expand(*angles.shape[:-3], n, n), angles, dim=-2)
-
-
-def _to_columns(x: Tensor, angles: Tensor, dim: int) -> Tensor:
-    """A fresh ``(*batch, pre, n, post)`` copy of ``x``, the rotated axis at -2, after checking both."""
-    for name, tensor in (("x", x), ("angles", angles)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be real floating point, got {tensor.dtype}")
-    if angles.dim() < 3:
-        raise ValueError(f"angles must be (*batch, depth, num_stages, n // 2), got {tuple(angles.shape)}")
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim = {dim} is out of range for x of shape {tuple(x.shape)}")
-    batch, axis = angles.shape[:-3], dim % x.dim()
-    if axis < len(batch) or x.shape[: len(batch)] != batch:
-        raise ValueError(f"x of shape {tuple(x.shape)} must start with the batch {tuple(batch)} of angles")
-    n = x.shape[axis]
-    most = num_stages(n)
-    if angles.shape[-1] != n // 2 or angles.shape[-2] > most:
-        raise ValueError(
-            f"angles of shape {tuple(angles.shape)} do not fit an axis of length {n}: "
-            f"expected (..., depth, <= {most}, {n // 2})"
-        )
-    pre, post = x.shape[len(batch) : axis].numel(), x.shape[axis + 1 :].numel()
-    columns = torch.empty(*batch, pre, n, post, dtype=torch.promote_types(x.dtype, angles.dtype), device=x.device)
-    columns.view(x.shape).copy_(x)
-    return columns
+def _apply(stages: Sequence[tuple[Stage, Sequence[Tensor]]], x: Tensor) -> Tensor:
+    """Multiplies every group of some stages by its matrix, stage after stage; ``x`` stays as it is."""
+    own = False  # whether x is ours to write to
+    for stage, matrices in stages:
+        index = stage.index_on(x.device)
+        part = x if index is None else x.index_select(-2, index)
+        out = _join([(m @ v).flatten(1, 2) for m, v in zip(matrices, _split(stage, part), strict=True)])
+        if index is None:
+            x = out
+        else:
+            x = x.index_copy_(-2, index, out) if own else x.index_copy(-2, index, out)
+        own = True
+    return x
 
 
-def rotate_columns_(columns: Tensor, angles: Tensor, *, transpose: bool, stages: range | None = None) -> None:
-    """Applies ``Q`` or ``Q^T``, or only some ``stages`` of it, in place to ``(*batch, pre, n, post)``."""
-    cos, sin = angles.cos(), angles.sin()
-    used = range(angles.shape[-2]) if stages is None else stages
-    order = [(butterfly, stage) for butterfly in range(angles.shape[-3]) for stage in used]
-    if transpose:
-        sin.neg_()
-    else:
-        order.reverse()
-    for butterfly, stage in order:
-        _turn_(columns, cos[..., butterfly, stage, :], sin[..., butterfly, stage, :], stage)
+def _split(stage: Stage, part: Tensor) -> list[Tensor]:
+    """``(count, groups, size, columns)`` for each run, of the coordinates of all groups in order."""
+    pieces = [part] if len(stage.runs) == 1 else part.split_with_sizes([run.span for run in stage.runs], -2)
+    return [piece.reshape(*part.shape[:-2], *run, part.shape[-1]) for run, piece in zip(stage.runs, pieces, strict=True)]
 
 
-def _turn_(columns: Tensor, cos: Tensor, sin: Tensor, stage: int) -> None:
-    """One stage in place: ``(lo, hi) <- (cos lo - sin hi, sin lo + cos hi)``; cos, sin: ``(*batch, n // 2)``."""
-    for (lo, hi), slots, pairs in _stage_pairs(columns, stage):
-        c = cos[..., slots].reshape(*cos.shape[:-1], 1, *pairs, 1)
-        s = sin[..., slots].reshape(*sin.shape[:-1], 1, *pairs, 1)
-        turned = (c * lo).addcmul_(s, hi, value=-1)
-        hi.mul_(c).addcmul_(s, lo)
-        lo.copy_(turned)
+def _join(parts: list[Tensor]) -> Tensor:
+    """Concatenates along dimension 1."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _stage_pairs(columns: Tensor, stage: int) -> Iterator[tuple[tuple[Tensor, Tensor], slice, torch.Size]]:
-    """Views of the lower and upper partners of a stage, with their angle slots.
+def _transport(change: Tensor, matrix: Tensor) -> Tensor:
+    """``T M`` with T block-diagonal: ``(count, groups * children, lead, lead)`` and ``(count, groups, size, size)``."""
+    count, groups, size, columns = matrix.shape
+    lead = change.shape[-1]
+    rows = matrix.reshape(count, groups * (size // lead), lead, columns)
+    return (change @ rows).view(count, groups, size, columns)
 
-    The complete blocks of ``2 * stride`` coordinates come first, then the incomplete last one, of
-    which only the partners that exist are paired.
 
-    Yields:
-        ``(lo, hi)``, each ``(..., *pairs, post)``; the slice of their slots; the shape ``pairs``.
-    """
-    n = columns.shape[-2]
-    stride = 1 << stage
-    blocks = n // (2 * stride)
-    covered = blocks * 2 * stride
-    if blocks:
-        pairs = columns[..., :covered, :].unflatten(-2, (blocks, 2, stride))
-        yield (pairs[..., 0, :, :], pairs[..., 1, :, :]), slice(0, covered // 2), torch.Size((blocks, stride))
-    unpaired = n - covered - stride
-    if unpaired > 0:
-        lo = columns[..., covered : covered + unpaired, :]
-        hi = columns[..., covered + stride :, :]
-        yield (lo, hi), slice(covered // 2, covered // 2 + unpaired), torch.Size((unpaired,))
+def _children(blocks: Tensor, lead: int) -> Tensor:
+    """The diagonal blocks ``(count, columns, groups * children, lead, lead)`` of ``(count, columns, groups, size, size)``."""
+    count, columns, groups, size, _ = blocks.shape
+    children = size // lead
+    split = blocks.reshape(count, columns, groups, children, lead, children, lead)
+    return split.diagonal(dim1=3, dim2=5).permute(0, 1, 2, 5, 3, 4).flatten(2, 3)

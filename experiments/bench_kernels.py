@@ -1,9 +1,9 @@
 """Times the Triton kernels against the device's limits: `python -m experiments.bench_kernels [--output FILE]`.
 
-A row gives the time of one call, the bytes it moves as a fraction of what a device-to-device copy of the
-same run moves, and its operations as a fraction of the float32 peak. The torch function that a kernel
-equals is timed beside it, with the bytes of the kernel. Without a GPU small cases run in Triton's
-interpreter: that checks the kernels, its times mean nothing.
+A row gives the time of one call and the bytes it moves as a fraction of what a device-to-device copy of the same run
+moves: of every launch of a plain step, of an observation, of a refit, and of whole steps of the torch path and the
+fused one on a list of tensors. Without a GPU small cases run in Triton's interpreter: that checks the kernels, its
+times mean nothing. The bytes a parameter of each launch (`butterfly_opt.fused.step_bytes`) are printed first.
 """
 
 from __future__ import annotations
@@ -14,27 +14,20 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.benchmarking import (
-    RowWriter,
-    copy_bandwidth,
-    environment,
-    float32_peak,
-    measure,
-    note,
-    parse_arguments,
-)
+from experiments.benchmarking import RowWriter, copy_bandwidth, environment, measure, note, parse_arguments
+
+if TYPE_CHECKING:
+    from butterfly_opt.stack import Stack
 
 COLUMNS = (
     "kernel",
-    "implementation",
-    "shape",
-    "variant",
+    "shapes",
+    "diagonal",
     "bytes",
-    "flops",
     "median_ms",
     "p20_ms",
     "p80_ms",
@@ -42,256 +35,160 @@ COLUMNS = (
     "bytes_per_s",
     "copy_bytes_per_s",
     "copy_fraction",
-    "flops_per_s",
-    "peak_fraction",
 )
-GPU_SHAPES = ((4096, 4096), (50304, 768), (768, 3072), (256, 256))
-CPU_SHAPES = ((16, 12),)
-# A ResNet block's worth of tensors of very different sizes, for the list forms.
-GPU_LIST = ((512, 4608), (256, 2304), (128, 1152), (64, 576), (1000, 512), *[(n,) for n in (512, 256, 128, 64) * 8])
-CPU_LIST = ((20, 30), (30,), (7,))
-# Lengths of axes refitted together: those of four layers of GPT-2 that fit on chip, and those that do not.
-GPU_PACKS = ((768,) * 20, (3072, 2304) * 4, (50304,))
-CPU_PACKS = ((16, 12, 5),)
-REFIT_STEPS = 4
-SKETCH_COLUMNS = 8
-Row = dict[str, object]
+Shapes = tuple[tuple[int, ...], ...]
+
+GPT2_BLOCK: Shapes = ((2304, 768), (2304,), (768, 768), (768,), (3072, 768), (3072,), (768, 3072), *[(768,)] * 5)
+GPT2: Shapes = ((50304, 768), (1024, 768), *GPT2_BLOCK * 12, (768,), (768,))
+"""GPT-2 124M, the head tied to the embedding."""
+
+
+def resnet18() -> Shapes:
+    """Parameters of torchvision's ResNet-18."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    entering = 64
+    for width in (64, 128, 256, 512):
+        for block in range(2):
+            shapes += [(width, entering, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
+            if block == 0 and entering != width:
+                shapes += [(width, entering, 1, 1), (width,), (width,)]
+            entering = width
+    return (*shapes, (1000, 512), (1000,))
+
+
+GPU_LISTS: dict[str, tuple[Shapes, int]] = {
+    "GPT-2 124M": (GPT2, 0),
+    "ResNet-18": (resnet18(), 0),
+    "4096x4096": (((4096, 4096),), 0),
+    "50304x768": (((50304, 768),), 0),
+    "32 experts of 2048x1024": (((32, 2048, 1024),), 1),
+}
+"""Shapes of parameters, and how many of their leading dimensions are a batch."""
+CPU_LISTS: dict[str, tuple[Shapes, int]] = {"20x13 twice, 13": (((20, 13), (20, 13), (13,)), 0)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One measurement; `bytes` and `flops` are those of the kernel, also for torch."""
+    """One measurement: a call, and the bytes it moves."""
 
     kernel: str
-    shape: str
-    variant: str
-    bytes: int
-    flops: int
-    fused: Callable[[], object]
-    plain: Callable[[], object] | None = None
+    bytes: float
+    call: Callable[[], object]
 
 
-def rotation_cases(shape: tuple[int, int], device: torch.device) -> Iterator[Case]:
-    """Rotations (each axis; depth 1, 2; 1, 2, 3 tensors) and angle gradients of a matrix."""
-    from butterfly_opt import rotation
-    from butterfly_opt.triton_kernels import launch
-    from butterfly_opt.triton_kernels.rotate import angle_gradient, rotate_columns
+def make_stacks(shapes: Shapes, batch_dims: int, device: torch.device, diagonal: str) -> list[Stack]:
+    """The stacks of a list of parameters with gradients, in a late step with a learning rate of 0."""
+    from butterfly_opt import step
+    from butterfly_opt.layout import axes_layout
+    from butterfly_opt.stack import make_stacks, new_state
 
-    elements = shape[0] * shape[1]
-    for axis in (0, 1):
-        n, view = shape[axis], ((1, *shape) if axis == 0 else (*shape, 1))
-        tensors = [torch.randn(shape, device=device).view(view) for _ in range(3)]
-        for depth in (1, 2):
-            angles = torch.randn(rotation.angles_shape(n, depth=depth), device=device)
-            cos, sin = angles.cos(), angles.sin()
-            passes = len(launch.stage_passes(angles.shape[-2], post=view[2]))
-            launches = 1 if passes == 1 else passes * depth
-            work = elements * angles.shape[-2] * depth
-            for count in (1, 2, 3):
-                inputs = tensors[:count]
-                yield Case(
-                    "rotate",
-                    _text(shape),
-                    f"axis {axis} depth {depth} tensors {count}",
-                    bytes=count * 8 * elements * launches + 8 * angles.numel(),
-                    flops=count * 3 * work,
-                    fused=functools.partial(rotate_columns, inputs, cos, sin, transpose=True, out=inputs),
-                    plain=functools.partial(rotation.rotate, inputs[0], angles, dim=1) if count == 1 else None,
-                )
-            yield Case(
-                "angle_gradient",
-                _text(shape),
-                f"axis {axis} depth {depth}",
-                bytes=8 * elements + 16 * elements * (launches - 1) + 8 * angles.numel(),
-                flops=8 * work,
-                fused=functools.partial(angle_gradient, tensors[0], tensors[1], cos, sin),
-                plain=functools.partial(rotation.angle_gradient, tensors[0], tensors[1], angles, dim=1),
-            )
-
-
-def step_cases(shapes: Sequence[tuple[int, ...]], device: torch.device) -> Iterator[Case]:
-    """The step kernels on a list of tensors, all usable."""
-    for secant in (False, True):
-        yield from _moments_and_direction(shapes, device, secant)
-    for dtype, seed in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 0)):
-        for track in (False, True):
-            yield _write(shapes, device, dtype, track, seed)
-
-
-def sketch_cases(shape: tuple[int, int], device: torch.device) -> Iterator[Case]:
-    """The product of the sketch of each axis of a matrix."""
-    from butterfly_opt import sketch
-    from butterfly_opt.triton_kernels.sketch import sketch_product
-
-    x = torch.randn(shape, device=device)
-    for axis in (0, 1):
-        n, columns = shape[axis], shape[1 - axis]
-        signs = torch.randn(1, columns, SKETCH_COLUMNS, device=device).sign()
-        yield Case(
-            "sketch",
-            _text(shape),
-            f"axis {axis}",
-            bytes=4 * (x.numel() + signs.numel() + n * SKETCH_COLUMNS),
-            flops=2 * SKETCH_COLUMNS * x.numel(),
-            fused=functools.partial(sketch_product, x.view((1, 1, *shape) if axis == 0 else (1, *shape, 1)), signs),
-            plain=functools.partial(sketch.sketch_product, x[None], signs, dim=axis + 1),
-        )
-
-
-def refit_case(lengths: Sequence[int], device: torch.device) -> Case:
-    """A refit of a pack of axes; the bytes are those of one read and one write of everything."""
-    from butterfly_opt import refit, rotation
-    from butterfly_opt.triton_kernels.refit import fits_on_chip, refit_sketch_
-
-    packing = refit.pack_axes(lengths)
-    sketch = torch.randn(packing.total, SKETCH_COLUMNS, device=device)
-    parts = [torch.zeros(rotation.angles_shape(n, depth=2), device=device) for n in lengths]
-    state = refit.AngleState(*(refit.pack_angles(packing, parts) for _ in range(3)))
-    owned = refit.pack_angles(packing, [torch.ones_like(part) for part in parts])
+    block, lead = (64, 16) if device.type == "cuda" else (8, 2)
     options: dict[str, Any] = {
-        "steps": REFIT_STEPS,
-        "refit_lr": 0.0,
-        "taken": torch.zeros((), device=device),
-        "owned": owned,
-    }
-    work = sketch.numel() * packing.stages * 2
-    return Case(
-        "refit",
-        _pack_text(lengths),
-        f"{'on chip' if fits_on_chip(packing.stages, SKETCH_COLUMNS) else 'passes'} depth 2 steps {REFIT_STEPS}",
-        bytes=8 * sketch.numel() + 28 * state.angles.numel(),
-        flops=(3 * (REFIT_STEPS + 1) + 8 * REFIT_STEPS) * work,
-        fused=functools.partial(refit_sketch_, sketch, *state, **options),
-        plain=functools.partial(refit.refit_sketch_, sketch, state, **options),
-    )
+        "lr": 0.0, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False,
+        "maximize": False, "capturable": False, "stochastic_rounding": False, "diagonal": diagonal, "block": block,
+        "lead": lead, "refit_every": 10, "structure": "axes", "batch_dims": batch_dims,
+    }  # fmt: skip
+    params = [torch.randn(shape, device=device) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    layouts = [axes_layout(param, batch_dims if param.dim() > 2 else 0) for param in params]
+    states = [new_state(layout, options) for layout in layouts]
+    for state in states:
+        state["calls"] = 1001
+    stacks = make_stacks(layouts, states, options)
+    step.count_steps_(stacks, [stack.active for stack in stacks])
+    return stacks
 
 
-def all_cases(device: torch.device) -> Iterator[Case]:
-    """Every measurement for a device, made when its turn comes."""
-    gpu = device.type == "cuda"
-    for shape in GPU_SHAPES if gpu else CPU_SHAPES:
-        yield from rotation_cases(shape, device)
-        yield from sketch_cases(shape, device)
-        yield from step_cases([shape], device)
-    yield from step_cases(GPU_LIST if gpu else CPU_LIST, device)
-    for lengths in GPU_PACKS if gpu else CPU_PACKS:
-        yield refit_case(lengths, device)
+def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
+    """Every launch of a step, each over all stacks."""
+    from butterfly_opt import fused
+    from butterfly_opt.fused import kernels
+
+    operands = [fused._operands(stack, fused._source(stack), stack.active) for stack in stacks]
+    sums = [kernels.take_rest_(own) for own in operands]
+    rotated = [(stack, own) for stack, own in zip(stacks, operands, strict=True) if stack.rotations]
+    moved = {"": 0.0}
+    for stack in stacks:
+        counts = fused.step_bytes(
+            stack.shape[1], stack.shape[2], diagonal=diagonal, block=stack.options["block"],
+            lead=stack.options["lead"], rotated=tuple(dim for dim, _ in stack.rotations),
+        )  # fmt: skip
+        numel = stack.averages["exp_avg"].numel()
+        for name, count in counts.items():
+            moved[name] = moved.get(name, 0.0) + count * numel
+    numel = sum(stack.averages["exp_avg"].numel() for stack in stacks)
+    note("bytes a parameter, " + diagonal + ": " + ", ".join(f"{k} {v / numel:.1f}" for k, v in moved.items() if k))
+
+    def later(back: bool) -> None:
+        for stack, own in rotated:
+            values = own.values[1:2] if back else own.values
+            for dim, rotation in stack.rotations:
+                fused._later_stages_(values, rotation, dim=dim, back=back)
+
+    yield Case("forth", moved["forth"], functools.partial(_each, kernels.forth_, operands))
+    yield Case("later stages", moved["later stages"], functools.partial(later, False))
+    yield Case("rest", moved["rest"], functools.partial(_each, kernels.take_rest_, operands))
+    yield Case("later stages back", moved["later stages back"], functools.partial(later, True))
+    write_ = functools.partial(kernels.back_, stochastic=False, write=True)
+    yield Case("back", moved["back"], functools.partial(_each, write_, operands, sums))
+    yield Case("innovations", 12.0 * numel, functools.partial(_each, kernels.innovations, operands))
+    yield from fit_cases(rotated)
+    take_step_ = functools.partial(_plain_step, fused.take_step_)
+    yield Case("plain step", moved["together"], functools.partial(_each, take_step_, stacks))
 
 
-def _rows(count: int, device: torch.device) -> torch.Tensor:
-    """Scalars of a late step with a learning rate of 0, so that repeated steps change nothing."""
-    return torch.tensor([[0.1, 0.01, 0.01, 100, 0.0, 1]] * count, device=device)
+def fit_cases(rotated: Sequence[tuple[Stack, Any]]) -> Iterator[Case]:
+    """An observation of both axes, and a refit."""
+    from butterfly_opt import fused
+
+    rotations = [(stack, dim, rotation) for stack, _ in rotated for dim, rotation in stack.rotations]
+    observed, entries = 0.0, 0.0
+    for stack, _, rotation in rotations:
+        shares = [sum(run.span for run in s.runs) / rotation.plan.n for s in rotation.plan.stages]
+        numel = stack.averages["exp_avg"].numel()
+        # The last stage is read alone.
+        observed += (8 * sum(shares) - 4 * shares[-1]) * numel + 12 * rotation.matrices.numel()
+        entries += rotation.matrices.numel()
+    buffers = {id(stack): torch.randn_like(stack.averages["exp_avg"]) for stack, _ in rotated}
+
+    def observe() -> None:
+        for stack, dim, rotation in rotations:
+            weights = rotation.matrices.new_full((rotation.count,), 0.1)
+            fused._observe_(buffers[id(stack)], rotation, weights, dim=dim)
+
+    def refit() -> None:
+        for _, _, rotation in rotations:
+            fused._refit_(rotation, rotation.matrices.new_ones(rotation.count))
+
+    yield Case("observe", observed, observe)
+    yield Case("refit", 16 * entries, refit)
 
 
-def _moments_and_direction(shapes: Sequence[tuple[int, ...]], device: torch.device, secant: bool) -> Iterator[Case]:
-    from butterfly_opt.diagonal import regress
-    from butterfly_opt.pairs import advance_displacement_, update_mean_grad_
-    from butterfly_opt.triton_kernels import step
-
-    names = ["grad", "mean_grad", "grad_sq", *(["displacement", "disp_sq", "cross"] if secant else [])]
-    states = [{name: torch.rand(shape, device=device) for name in names} for shape in shapes]
-    column = {name: [state[name] for state in states] for name in names}
-    outs = [torch.empty_like(grad) for grad in column["grad"]]
-    scalars = _rows(len(shapes), device)
-    sums = torch.ones(len(shapes), 2, device=device) if secant else None
-    lists = {f"{name}es" if name == "cross" else f"{name}s": column[name] for name in names[3:]}
-    of_moments = step.moments_table(column["grad"], column["mean_grad"], column["grad_sq"], **lists)
-    of_direction = step.direction_table(outs, column["mean_grad"], column["grad_sq"], **lists)
-
-    def plain_moments() -> None:
-        for state in states:
-            u = update_mean_grad_(state["mean_grad"], state["grad"].clamp(-1e18, 1e18), 0.1)
-            state["grad_sq"].mul_(0.99).addcmul_(u, u, value=0.01)
-            if secant:
-                w = state["displacement"]
-                state["disp_sq"].mul_(0.99).addcmul_(w, w, value=0.01)
-                state["cross"].mul_(0.99).addcmul_(u, w, value=0.01)
-
-    def plain_direction() -> None:
-        for state in states:
-            energy = state["grad_sq"]
-            if secant:
-                energy = regress(energy, state["disp_sq"], state["cross"], beta2=0.99, step=100).energy
-            update = (state["mean_grad"] / energy.sqrt().add_(1e-8)).clamp_(-3, 3).mul_(-0.0)
-            if secant:
-                advance_displacement_(state["displacement"], update, 0.1)
-
-    size = sum(out.numel() for out in outs)
-    label, diagonal = _text(*shapes), "secant" if secant else "innovation"
-    yield Case("moments", label, diagonal, step.MOMENTS_BYTES[diagonal] * size, (14 if secant else 8) * size,
-               functools.partial(step.moments_, of_moments, scalars), plain_moments)  # fmt: skip
-    advancing = "secant advancing" if secant else "innovation"
-    fused = functools.partial(step.direction_, of_direction, scalars, eps=1e-8, max_update=3.0, beta2=0.99, sums=sums)
-    yield Case("direction", label, advancing, step.DIRECTION_BYTES[advancing] * size, (35 if secant else 6) * size,
-               fused, plain_direction)  # fmt: skip
+def _each(function: Callable[..., object], *lists: Sequence[Any]) -> None:
+    for arguments in zip(*lists, strict=True):
+        function(*arguments)
 
 
-def _write(
-    shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype, track: bool, seed: int | None
-) -> Case:
-    from butterfly_opt.triton_kernels import write
-
-    params = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    updates = [torch.zeros(shape, device=device) for shape in shapes]
-    written = [torch.empty_like(update) for update in updates] if track else None
-    table = write.write_table(params, updates, written=written, streams=range(len(params)))
-    scalars = _rows(len(shapes), device)
-
-    def plain() -> None:
-        for param, update in zip(params, updates, strict=True):
-            before = param.clone() if track else None
-            param.add_(update)
-            if before is not None:
-                param.float() - before.float()
-
-    size = sum(param.numel() for param in params)
-    moved = write.write_bytes(dtype, track=track)
-    variant = f"{str(dtype).removeprefix('torch.')}{' stochastic' if seed is not None else ''}"
-    return Case(
-        "write",
-        _text(*shapes),
-        variant + (" written" if track else ""),
-        bytes=moved * size,
-        flops=(3 if track else 2) * size,
-        fused=functools.partial(write.write_, table, scalars, rounding_seed=seed),
-        plain=plain if seed is None else None,
-    )
+def _plain_step(take_step_: Callable[[Stack, torch.Tensor], None], stack: Stack) -> None:
+    """A step that neither observes nor refits."""
+    stack.phase = 0
+    for state in stack.states:
+        state["calls"] = 1001
+    take_step_(stack, stack.active)
 
 
-def _text(*shapes: tuple[int, ...]) -> str:
-    if len(shapes) == 1:
-        return "x".join(map(str, shapes[0]))
-    return f"{len(shapes)} tensors of {sum(torch.Size(shape).numel() for shape in shapes)}"
+def all_cases(device: torch.device) -> Iterator[tuple[str, str, Case]]:
+    """Every measurement for a device, made when its turn comes: shapes, diagonal, case."""
+    from butterfly_opt import step
 
-
-def _pack_text(lengths: Sequence[int]) -> str:
-    return f"axes {sum(lengths)} in {len(lengths)}"
-
-
-def run_case(case: Case, device: torch.device, *, milliseconds: int, copy: float, peak: float | None) -> Iterator[Row]:
-    """Measures a kernel and the torch function it equals."""
-    name = "triton" if device.type == "cuda" else "triton interpreter"
-    for implementation, function in ((name, case.fused), ("torch", case.plain)):
-        if function is None:
-            continue
-        timing = measure(function, device, milliseconds=milliseconds)
-        yield {
-            "kernel": case.kernel,
-            "implementation": implementation,
-            "shape": case.shape,
-            "variant": case.variant,
-            "bytes": case.bytes,
-            "flops": case.flops,
-            "median_ms": timing.median * 1e3,
-            "p20_ms": timing.low * 1e3,
-            "p80_ms": timing.high * 1e3,
-            "samples": timing.samples,
-            "bytes_per_s": case.bytes / timing.median,
-            "copy_bytes_per_s": copy,
-            "copy_fraction": case.bytes / timing.median / copy,
-            "flops_per_s": case.flops / timing.median,
-            "peak_fraction": None if peak is None else case.flops / timing.median / peak,
-        }
+    for label, (shapes, batch_dims) in (GPU_LISTS if device.type == "cuda" else CPU_LISTS).items():
+        for diagonal in ("innovation", "secant"):
+            stacks = make_stacks(shapes, batch_dims, device, diagonal)
+            for case in kernel_cases(stacks, diagonal):
+                yield label, diagonal, case
+            plain = functools.partial(_plain_step, step.take_step_)
+            yield label, diagonal, Case("plain step, torch", case.bytes, functools.partial(_each, plain, stacks))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -302,19 +199,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not gpu:
         # Before triton is imported, which the imports inside the functions above do.
         os.environ["TRITON_INTERPRET"] = "1"
-        note(f"no GPU used: shapes {', '.join(_text(shape) for shape in GPU_SHAPES)}, the list of {len(GPU_LIST)} "
-             f"tensors and the refits of {', '.join(_pack_text(lengths) for lengths in GPU_PACKS)} are "
-             "skipped; small ones run in Triton's interpreter, whose times mean nothing")  # fmt: skip
+        note(f"no GPU used: {', '.join(GPU_LISTS)} are skipped; {', '.join(CPU_LISTS)} runs in Triton's interpreter, "
+             "whose times mean nothing")  # fmt: skip
     copy = copy_bandwidth(device)
-    peak, assumed = float32_peak(device)
-    note(f"copy {copy / 1e9:.1f} GB/s (read + written); {assumed}")
+    note(f"{environment(device)['device']}: copy {copy / 1e9:.1f} GB/s (read + written)")
     milliseconds = arguments.milliseconds or (200 if gpu else 20)
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(arguments.output.open("w", newline="")) if arguments.output else sys.stdout
+    with contextlib.ExitStack() as opened, torch.no_grad():
+        file = opened.enter_context(arguments.output.open("w", newline="")) if arguments.output else sys.stdout
         writer = RowWriter(file, COLUMNS, environment(device))
-        for case in all_cases(device):
-            for row in run_case(case, device, milliseconds=milliseconds, copy=copy, peak=peak):
-                writer.write(row)
+        for label, diagonal, case in all_cases(device):
+            timing = measure(case.call, device, milliseconds=milliseconds)
+            rate = case.bytes / timing.median
+            numbers = (case.bytes, timing.median * 1e3, timing.low * 1e3, timing.high * 1e3, timing.samples, rate)
+            row = (case.kernel, label, diagonal, *numbers, copy, rate / copy)
+            writer.write(dict(zip(COLUMNS, row, strict=True)))
     return 0
 
 

@@ -161,6 +161,25 @@ def older_state(make: Maker) -> bool:
     return finite(params)
 
 
+@row("A model whose parameters come in another order loads by their names")
+def reordered(make: Maker) -> bool:
+    """Both sides have names; every parameter gets its own state, and trains on."""
+    params = make_params()
+    optimizer = make([("weight", params[0]), ("bias", params[1])])
+    train(optimizer, params, range(12))
+    others: list[Tensor] = [nn.Parameter(param.detach().clone()) for param in params]
+    loaded = make([("bias", others[1]), ("weight", others[0])])
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for param, other in zip(params, others, strict=True):
+        left, right = optimizer.state[param], loaded.state[other]
+        if left.keys() != right.keys() or any(
+            not torch.equal(*map(torch.as_tensor, (left[k], right[k]))) for k in left
+        ):
+            return False
+    train(loaded, others, range(12, 20))
+    return finite(others)
+
+
 @row("`add_param_group` in mid-training, with options of its own")
 def add_group(make: Maker) -> bool:
     """The new group trains; the old one goes on as if it were alone; parameters that repeat are refused."""

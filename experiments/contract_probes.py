@@ -254,6 +254,40 @@ def zero_gradients(make: Maker) -> bool:
     return unmoved and finite(params) and not equal(values(params), start)
 
 
+@row("A dummy step of zeros on a new optimizer leaves no trace")
+def dummy_step(make: Maker) -> bool:
+    """As loaders make it, to have a state to load into: the run after it is that of a new optimizer, bit for bit."""
+    runs = []
+    for dummy in (False, True):
+        seed_everything(0)
+        params = make_params()
+        optimizer = make(params)
+        if dummy:
+            for param in params:
+                param.grad = torch.zeros_like(param)
+            optimizer.step()
+        seed_everything(1)
+        train(optimizer, params, range(8))
+        runs.append(values(params))
+    return equal(*runs)
+
+
+@row("An entry that never had a gradient never moves, exactly")
+def masked_gradient(make: Maker) -> bool:
+    """Twenty steps with half of each gradient masked; the rest moves."""
+    params = make_params()
+    start, optimizer = values(params), make(params)
+    masks = [torch.arange(param.numel()).view(param.shape) % 2 > 0 for param in params]
+    for step in range(20):
+        set_grads(params, step)
+        for param, mask in zip(params, masks, strict=True):
+            if param.grad is not None:
+                param.grad *= mask
+        optimizer.step()
+    pairs = list(zip(params, start, masks, strict=True))
+    return all(torch.equal(p[~m], old[~m]) and not bool((p[m] == old[m]).any()) for p, old, m in pairs)
+
+
 @row("A gradient that appears late, or goes missing")
 def late_gradient(make: Maker) -> bool:
     """The vector has a gradient in steps 5 to 9 only: it moves in these and is left alone in the others."""

@@ -74,18 +74,15 @@ class NullRecorder:
         """Does nothing."""
 
 
-def flatten_numbers(nested: Any, prefix: str = "") -> dict[str, float]:
-    """Flattens nested mappings and lists to {"a/0/b": number}; what is no plain number is left out."""
-    if isinstance(nested, (list, tuple)):
-        nested = dict(enumerate(nested))
-    if isinstance(nested, Mapping):
-        flat: dict[str, float] = {}
-        for key, value in nested.items():
-            flat |= flatten_numbers(value, f"{prefix}/{key}" if prefix else str(key))
-        return flat
-    if isinstance(nested, Tensor) and nested.numel() == 1:
-        nested = nested.item()
-    return {prefix: float(nested)} if isinstance(nested, (int, float)) else {}
+def named_scalars(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Few scalars of `Butterfly.diagnostics`, by parameter name, and by number where there are no names."""
+    scalars = {"nonfinite_steps": float(sum(group["nonfinite_steps"] for group in groups))}
+    for index, tensor in enumerate(tensor for group in groups for tensor in group["tensors"]):
+        if "off_diagonal" in tensor:  # matrices only: what the basis misses, and the noise it finds
+            name = tensor["name"] or str(index)
+            scalars[f"off_diagonal/{name}"] = max(tensor["off_diagonal"])
+            scalars[f"noise/{name}"] = tensor["noise_quantiles"][1]
+    return scalars
 
 
 class _Segment:
@@ -177,7 +174,7 @@ def _check_finite(rows: Sequence[Row], recorder: Recorder) -> None:
 def _add_diagnostics(trainer: Trainer, recorder: Recorder) -> None:
     diagnostics = getattr(trainer.optimizer, "diagnostics", None)
     if callable(diagnostics):
-        recorder.add_diagnostics(trainer.step, flatten_numbers(diagnostics()))
+        recorder.add_diagnostics(trainer.step, named_scalars(diagnostics()))
 
 
 def _show(bar: tqdm[Any], rows: Sequence[Row], evaluation: Evaluation | None) -> None:

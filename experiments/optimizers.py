@@ -18,6 +18,8 @@ from experiments.config import Component, ConfigError, ScheduleConfig, near_matc
 # Where a bare or a dotted name may come from; pytorch_optimizer needs not be installed.
 _PACKAGES = ("butterfly_opt", "torch.optim", "pytorch_optimizer")
 
+_OURS = ("Butterfly", "ButterflyW")
+
 
 class MissingPackageError(ConfigError):
     """The optimizer's package, or one that it cannot do without, is not installed."""
@@ -43,12 +45,12 @@ def _find_class(name: str) -> tuple[str, type[Optimizer]]:
     """Returns the full name for messages and the class."""
     package, _, bare = name.rpartition(".")
     if not package:
-        package = "butterfly_opt" if bare == "Butterfly" else "torch.optim"
+        package = "butterfly_opt" if bare in _OURS else "torch.optim"
     if package not in _PACKAGES:
         raise ConfigError(f"unknown optimizer '{name}': no package '{package}'{near_matches(package, _PACKAGES)}")
     known = _classes(package)
     if bare not in known:
-        names = [*known, "Butterfly"] if package == "torch.optim" else list(known)
+        names = [*known, *_OURS] if package == "torch.optim" else list(known)
         raise ConfigError(f"unknown optimizer '{name}' (optimizer.name){near_matches(bare, names)}")
     if known[bare].__name__ == "Kron" and not torch.backends.opt_einsum.is_available():
         # torch.einsum then contracts its five factors from left to right: m^2 n^2 numbers for an m x n matrix.
@@ -75,8 +77,10 @@ def _check_keyword(where: str, value: Any, default: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def build_optimizer(config: Component, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """Builds `Butterfly`, a class of torch.optim, or `pytorch_optimizer.X`, by name.
+def build_optimizer(
+    config: Component, parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
+) -> Optimizer:
+    """Builds `Butterfly`, `ButterflyW`, a class of torch.optim, or `pytorch_optimizer.X`, by name.
 
     Raises:
         ConfigError: unknown name or keyword, or a value the optimizer refuses.

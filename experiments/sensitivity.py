@@ -32,13 +32,11 @@ from experiments.train import Parser, exit_code
 
 VALUES: dict[str, Sequence[Any]] = {
     "lr": (0.25, 0.5, 1, 2, 4),
-    "betas": ((0.8, 0.99), (0.9, 0.95), (0.9, 0.99), (0.9, 0.999), (0.95, 0.99)),
-    "max_update": (1.0, 3.0, 10.0),
+    "betas": ((0.8, 0.95), (0.9, 0.9), (0.9, 0.95), (0.9, 0.99), (0.9, 0.999), (0.95, 0.95)),
     "diagonal": ("innovation", "secant"),
-    "depth": (1, 2, 3, 4),
-    "refit_every": (5, 10, 20, 40),
-    "refit_steps": (0, 2, 4, 8, 16),
-    "refit_lr": (0.0125, 0.025, 0.05, 0.1),
+    "block": (32, 64, 128, 256),
+    "lead": (4, 8, 16, 32),
+    "refit_every": (2, 5, 10, 20, 50),
 }
 """The values of each hyper-parameter; of `lr` multiples of the suite's rate."""
 

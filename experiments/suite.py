@@ -130,7 +130,7 @@ class Run:
         dataset = content["problem"]["keywords"].get("dataset")
         if dataset is not None:
             content["problem"]["keywords"]["dataset"] = {"name": dataset.get("name")}
-        if self.component.name.endswith("Butterfly"):
+        if self.component.name.endswith(("Butterfly", "ButterflyW")):
             content["code"] = code_digest()
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
         return f"{self.task}/{self.optimizer}-lr{self.lr:g}-seed{self.seed}-steps{self.steps}-{digest}"

@@ -27,7 +27,7 @@ from experiments.config import (
 )
 from experiments.data import Dataset, load_dataset
 from experiments.loop import DivergedError, NullRecorder, Outcome, fit
-from experiments.train import DEFAULT_CONFIG, Parser, check_config, exit_code
+from experiments.train import DEFAULT_CONFIG, Parser, check_config, exit_code, find_config
 from experiments.trainer import Trainer, choose_device
 
 
@@ -41,7 +41,7 @@ class Entry:
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m experiments.sweep", description="Compare optimizers.", allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="default: configs/digits_mlp.yaml")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help=f"as in experiments.train; default: {DEFAULT_CONFIG}")
     parser.add_argument("--lr", nargs="+", default=[], help="learning rates; default: the configuration's")
     parser.add_argument(
         "--optimizer",
@@ -177,7 +177,7 @@ def _command(argv: Sequence[str] | None) -> int:
         for key in (split_override(override)[0] for override in arguments.overrides):
             if key.partition(".")[0] == "optimizer":
                 raise ConfigError(f"'{key}' has no effect beside --optimizer: put the keyword into its SPEC")
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(find_config(arguments.config), arguments.overrides)
     rates = _numbers(arguments.lr, "--lr", float)
     seeds = [int(seed) for seed in _numbers(arguments.seeds, "--seeds", int)] or [config.seed]
     entries = build_entries(config, arguments.optimizer, rates)

@@ -34,7 +34,24 @@ from experiments.optimizers import check_optimizer
 from experiments.run_folder import RunFolder, check_new_folder, default_folder, load_checkpoint
 from experiments.trainer import Trainer, choose_device
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits_mlp.yaml"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DEFAULT_CONFIG = "digits_mlp"
+
+
+def find_config(name: str) -> Path:
+    """The file that `--config` names: a path, or the name of a file in configs/ (with or without .yaml).
+
+    Raises:
+        ConfigError: if there is neither, with the names that exist.
+    """
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    raise ConfigError(
+        f"cannot read the configuration '{name}': no such file, and none of that name in {CONFIGS}"
+        f"{near_matches(Path(name).stem, known)}"
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,8 +67,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m experiments.train", description="Train a model.", allow_abbrev=False)
-    parser.add_argument("--config", type=Path, help="YAML file, by default configs/digits_mlp.yaml")
+    keys = ", ".join(field.name for field in dataclasses.fields(Config))
+    parser = Parser(
+        prog="python -m experiments.train",
+        description="Train a model.",
+        epilog=f"configurations: {', '.join(sorted(path.stem for path in CONFIGS.glob('*.yaml')))}; keys: {keys}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help=f"a name from configs/ or a YAML file, by default {DEFAULT_CONFIG}")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run from its checkpoint")
     parser.add_argument("--device", metavar="{auto,cpu,cuda}", help="where to train, the same as device=...")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=0.02 steps=500")
@@ -69,7 +92,7 @@ def check_config(config: Config) -> None:
 
 
 def _prepare_new(arguments: argparse.Namespace) -> tuple[Trainer, Path]:
-    config_path: Path = arguments.config or DEFAULT_CONFIG
+    config_path = find_config(arguments.config or DEFAULT_CONFIG)
     config = load_config(config_path, arguments.overrides)
     check_config(config)
     folder = Path(config.run_dir) if config.run_dir is not None else default_folder(config_path)

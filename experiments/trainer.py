@@ -66,7 +66,7 @@ class Trainer:
         self.batches = BatchSampler(len(data.train.targets), batch_size=config.batch_size, seed=config.seed)
         torch.manual_seed(config.seed)
         self.model: nn.Module = build_model(config.model, data.image_shape, data.num_classes).to(device, self.dtype)
-        self.optimizer: Optimizer = build_optimizer(config.optimizer, self.model.parameters())
+        self.optimizer: Optimizer = build_optimizer(config.optimizer, self.model.named_parameters())
         self.scheduler: LambdaLR = build_scheduler(self.optimizer, config.schedule, config.steps)
         self.step = 0
         self.seconds = 0.0

@@ -14,25 +14,32 @@ from butterfly_opt import Butterfly
 # goes through float64 rotations of at most 2 * 5 stages, some 30 roundings.
 STEP_TOLERANCE = 1e-12
 SHAPES = ((6, 5), (4,), (3, 2, 2, 3))
-# One angle step a refit where the number of them does not matter: a small step costs 5 ms of calls, not of work.
-QUICK = {"refit_steps": 1}
 MODES: dict[str, dict[str, Any]] = {
-    "axes-secant": {"refit_steps": 2},
-    "axes-innovation": {"diagonal": "innovation", **QUICK},
-    "axes-deep": {"depth": 3, "decoupled_weight_decay": True, "weight_decay": 0.1, **QUICK},
-    "flat": {"structure": "flat", **QUICK},
-    "flat-blocks": {"structure": "flat", "block_size": 8, "diagonal": "innovation", **QUICK},
-    "same-batch": {"pairs": "same_batch", "depth": 1},
-    "same-batch-flat": {"pairs": "same_batch", "structure": "flat", "depth": 1},
-    "newton": {"pairs": "same_batch", "scaling": "newton", "lr": 0.1, "depth": 1},
-    "newton-ema": {"scaling": "newton", "weight_decay": 0.01, "depth": 1},
+    "axes-innovation": {},
+    "axes-secant": {"diagonal": "secant"},
+    "radix-2": {"diagonal": "secant", "block": 2, "lead": 2},
+    # Blocks so small that even these shapes have several stages.
+    "several-stages": {"block": 4, "lead": 2, "decoupled_weight_decay": True, "weight_decay": 0.1},
+    "flat": {"structure": "flat", "diagonal": "secant"},
+    "flat-several-stages": {"structure": "flat", "block": 8, "lead": 2},
+    "newton": {"diagonal": "newton", "lr": 0.5},
+    "experts": {"batch_dims": 1, "diagonal": "secant", "weight_decay": 0.01},
 }
 every_mode = pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
+
+
+def build(params: Any, *, batch_dims: int = 0, **options: Any) -> Butterfly:
+    """An optimizer of one group; ``batch_dims`` is an option of groups only."""
+    return Butterfly([{"params": params, "batch_dims": batch_dims}], **options)
 
 
 def make_params(shapes: tuple[tuple[int, ...], ...] = SHAPES, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(5)
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def copies(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [nn.Parameter(param.detach().clone()) for param in params]
 
 
 def set_grads(params: list[nn.Parameter], step: int) -> Tensor:
@@ -79,6 +86,13 @@ def values(params: list[nn.Parameter]) -> list[Tensor]:
     return [param.detach().clone() for param in params]
 
 
+def all_finite(opt: Butterfly) -> bool:
+    """Whether parameters and state are."""
+    tensors = [param for group in opt.param_groups for param in group["params"]]
+    tensors += [v for state in opt.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
 NAN = float("nan")
 
 
@@ -88,7 +102,7 @@ def through_state_dict(opt: Butterfly, params: list[nn.Parameter], options: dict
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=True)
     assert_same(loaded, opt.state_dict())
-    new = [nn.Parameter(param.detach().clone()) for param in params]
-    resumed = Butterfly(new, **options)
+    new = copies(params)
+    resumed = build(new, **options)
     resumed.load_state_dict(loaded)
     return resumed, new

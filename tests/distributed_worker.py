@@ -20,9 +20,9 @@ from butterfly_opt import Butterfly
 
 REPLICA_STEPS, SMOOTH_STEPS, CONTROL_STEPS = 200, 20, 5
 MODES: dict[str, dict[str, Any]] = {
-    "axes, secant": {},
-    "flat, innovation": {"structure": "flat", "diagonal": "innovation", "refit_steps": 1},
-    "newton": {"scaling": "newton", "lr": 0.1},
+    "axes, innovation": {},
+    "axes, secant, several stages": {"diagonal": "secant", "block": 4, "lead": 2},
+    "flat, secant": {"structure": "flat", "diagonal": "secant"},
 }
 
 
@@ -113,8 +113,8 @@ def main() -> None:
     for name, options in MODES.items():
         report["replicas"][name] = replicas_differ(*train_replica(options, REPLICA_STEPS, nn.ReLU, torch.float32))
         report["smooth"][name] = distance_from_one_process(options)
-    seeds = {"seed": dist.get_rank()}
-    report["control"] = replicas_differ(*train_replica(seeds, CONTROL_STEPS, nn.ReLU, torch.float32))
+    refits = {"refit_every": 1 + dist.get_rank() % 2}
+    report["control"] = replicas_differ(*train_replica(refits, CONTROL_STEPS, nn.ReLU, torch.float32))
     report["refusals"] = refusals()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")

@@ -32,12 +32,20 @@ FLAGS: dict[str, dict[str, Any]] = {
     "decoupled_weight_decay": {"weight_decay": 0.1, "decoupled_weight_decay": True},
     "maximize": {"maximize": True},
     "maximize, weight_decay": {"maximize": True, "weight_decay": 0.1},
+    "small blocks": {"block": 4, "lead": 2},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
 }
 
 
 def optim_inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
     """Every structure and diagonal with every flag; a new tensor lr in each call, for schedulers write into it."""
-    flags = {**FLAGS, "tensor lr": {"lr": torch.tensor(0.001)}}
+    flags = {
+        **FLAGS,
+        "tensor lr": {"lr": torch.tensor(0.001)},
+        "1-element lr": {"lr": torch.tensor([[0.001]])},
+        "tensor betas": {"betas": (torch.tensor(0.9), torch.tensor(0.99))},
+    }
     return [
         OptimizerInput(params=None, kwargs={**shape, **kwargs}, desc=f"{where}, {desc}")
         for where, shape in KINDS.items()
@@ -46,17 +54,17 @@ def optim_inputs(device: str, dtype: torch.dtype | None = None) -> list[Optimize
 
 
 def optim_error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
-    """Torch's, with our own message for a tensor lr (a 1-element vector is refused as well), and ours."""
-    common = get_error_inputs_for_all_optims(device, dtype)
-    inputs = [error for error in common if "lr" not in error.optimizer_error_input.kwargs]
-    assert len(inputs) >= len(common) - 1
+    """Torch's, and ours."""
+    inputs = get_error_inputs_for_all_optims(device, dtype)
     for kwargs, regex in (
-        ({"lr": torch.tensor([0.001, 0.001])}, "Tensor lr must be 0-dimensional"),
-        ({"lr": torch.tensor([0.001])}, "Tensor lr must be 0-dimensional"),
+        ({"lr": torch.tensor([[0.001], [0.001]])}, "Tensor lr must be 1-element"),
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"betas": (1.0, 0.0)}, "Invalid beta parameter at index 0: 1.0"),
+        ({"betas": (torch.tensor([0.9, 0.9]), 0.9)}, r"Tensor betas\[0\] must be 1-element"),
         ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
         ({"structure": "dense"}, "Invalid structure value: 'dense'"),
+        ({"fused": True, "differentiable": True}, "does not support differentiable=True"),
+        ({"amsgrad": True}, "does not support amsgrad=True"),
     ):
         bad = OptimizerInput(params=None, kwargs=kwargs, desc=regex)
         inputs.append(ErrorOptimizerInput(bad, error_type=ValueError, error_regex=regex))
@@ -89,14 +97,23 @@ BUTTERFLY = OptimizerInfo(
         [lambda opt: StepLR(opt, gamma=0.9, step_size=10), lambda opt: ReduceLROnPlateau(opt)],
     ),
     supported_impls=(),
-    not_og_supported_flags=("maximize", "capturable", "on_nonfinite", "stochastic_rounding", "decoupled_weight_decay"),
+    not_og_supported_flags=(
+        "foreach",
+        "fused",
+        "differentiable",
+        "maximize",
+        "capturable",
+        "on_nonfinite",
+        "stochastic_rounding",
+        "decoupled_weight_decay",
+    ),
     has_capturable_arg=True,
     supports_complex=False,
     supports_sparse=False,
 )
 
 INPUTS = {config.desc: config.kwargs for config in optim_inputs("cpu")}
-BASIC = [name for name in INPUTS if name.endswith((", default", "maximize, weight_decay", "tensor lr"))]
+BASIC = [name for name in INPUTS if name.endswith((", default", "maximize, weight_decay", "tensor lr", "1-element lr"))]
 every_input = pytest.mark.parametrize("name", INPUTS)
 basic_input = pytest.mark.parametrize("name", BASIC)
 every_kind = pytest.mark.parametrize("kwargs", KINDS.values(), ids=KINDS.keys())

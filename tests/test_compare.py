@@ -52,7 +52,7 @@ tasks:
     without: [momentum]
 optimizers:
   adam: {optimizer: {name: Adam}, lr: 1e-2}
-  butterfly: {optimizer: {name: Butterfly, depth: 1}, lr: 1e-2}
+  butterfly: {optimizer: {name: Butterfly, block: 16, lead: 4}, lr: 1e-2}
   momentum: {optimizer: {name: SGD, momentum: 0.9}, lr: 3e-2}
 """
 # Search 3, one more seed 1; butterfly also 2 seeds at half the steps and 3 other rates, each with Adam's run beside it.
@@ -171,7 +171,7 @@ def test_divergence_and_exceptions_are_results(tiny: Path) -> None:
     tiny.write_text(
         TINY.replace("robust: [butterfly]", "robust: []")
         .replace("{name: SGD, momentum: 0.9}, lr: 3e-2", "{name: SGD}, lr: 1e30")
-        .replace("{name: Butterfly, depth: 1}", "{name: SparseAdam}"),
+        .replace("{name: Butterfly, block: 16, lead: 4}", "{name: SparseAdam}"),
         encoding="utf-8",
     )
     assert run(tiny, "--task", "digits") == 0
@@ -253,7 +253,7 @@ def test_the_optimizer_changes_neither_weights_nor_batches(tiny: Path, monkeypat
     """With a learning rate of 0 the loss curve shows the initial weights and the batches, nothing else."""
     kinds = [
         Component("SGD"), Component("Adam"), Component("Butterfly"), Component("Muon"),
-        Component("Butterfly", {"structure": "flat", "block_size": 16}),
+        Component("Butterfly", {"structure": "flat", "block": 16, "lead": 4}),
     ]  # fmt: skip
     suite = load_suite(tiny)
     task = suite.tasks["digits"]

@@ -18,10 +18,10 @@ from butterfly_opt import Butterfly
 STEPS, WARM = 20, 3
 
 MODES: dict[str, dict[str, Any]] = {
-    "axes, secant": {},
-    "axes, innovation": {"diagonal": "innovation"},
-    "flat, secant": {"structure": "flat"},
-    "newton": {"scaling": "newton", "lr": 0.1},
+    "axes, innovation": {},
+    "axes, secant": {"diagonal": "secant"},
+    "several stages": {"block": 4, "lead": 2},
+    "flat, secant": {"structure": "flat", "diagonal": "secant"},
     "tensor lr": {"lr": torch.tensor(0.0078125)},
     "capturable": {"capturable": True},
 }
@@ -88,7 +88,7 @@ def test_the_step_itself_is_not_traced() -> None:
     compiled = torch.compile(opt.step, backend="eager")
     for index in range(5):
         for param in model.parameters():
-            param.grad = torch.full_like(param, float(index))
+            param.grad = torch.full_like(param, float(index + 1))
         compiled()
     assert counters["stats"].get("unique_graphs", 0) == 0
     assert all(state["step"] == 5 for state in opt.state.values())

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract import MODES, NAN, STEP_TOLERANCE, assert_same, make_params, snapshot, train, values
+from contract import MODES, NAN, STEP_TOLERANCE, assert_same, make_params, set_grads, snapshot, train, values
 from torch import Tensor, nn
 
 from butterfly_opt import Butterfly
 
-TRAINED = {name: MODES[name] for name in ("axes-secant", "axes-deep", "flat", "same-batch", "newton", "newton-ema")}
+TRAINED = {name: MODES[name] for name in ("axes-secant", "radix-2", "flat")}
+TRAINED["several-stages"] = {**MODES["several-stages"], "diagonal": "secant"}
 trained_modes = pytest.mark.parametrize("options", TRAINED.values(), ids=TRAINED.keys())
 
 
@@ -83,21 +84,21 @@ def test_innovation_preconditions_and_has_no_inverse_hessian() -> None:
 
 @pytest.mark.parametrize("damping", [-1.0, NAN, math.inf])
 def test_inverse_hessian_rejects_damping(damping: float) -> None:
-    opt, params = trained({})
+    opt, params = trained(MODES["axes-secant"])
     with pytest.raises(ValueError, match=f"Invalid damping value: {damping}, expected a finite number >= 0"):
         opt.inverse_hessian(params[0], damping=damping)
 
 
 def test_operators_need_an_estimate() -> None:
     params = make_params()
-    opt = Butterfly(params)
+    opt = Butterfly(params, diagonal="secant")
     for read in (opt.preconditioner, opt.inverse_hessian):
         with pytest.raises(KeyError, match="it took no step yet"):
             read(params[0])
     train(opt, params, range(1))
     with pytest.raises(ValueError, match="moved"):
         opt.inverse_hessian(params[0])
-    trained_opt, trained_params = trained({})
+    trained_opt, trained_params = trained(MODES["axes-secant"])
     with pytest.raises(KeyError):
         trained_opt.preconditioner()[params[0]]
     operator = trained_opt.preconditioner(trained_params[1])
@@ -105,3 +106,39 @@ def test_operators_need_an_estimate() -> None:
         operator @ torch.ones(5, dtype=torch.float64)
     with pytest.raises(ValueError, match="cannot multiply a tensor of shape"):
         trained_opt.preconditioner() @ torch.ones(5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [*TRAINED.values(), MODES["axes-innovation"]])
+def test_the_preconditioner_is_what_the_step_multiplies_with(options: dict[str, Any]) -> None:
+    """``Q diag(d) Q^T gbar`` at the state after a step is that step, but for lr and decoupled decay."""
+    opt, params = trained({**options, "weight_decay": 0.0})
+    for step in range(12, 16):
+        before = values(params)
+        train(opt, params, range(step, step + 1))
+        momentum = torch.cat([opt.state[p]["exp_avg"].flatten() for p in params if p in opt.state])
+        moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, params, strict=True)])
+        torch.testing.assert_close(
+            opt.preconditioner() @ momentum, moved / opt.param_groups[0]["lr"], rtol=1e-9, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("diagonal", ["innovation", "secant"])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_a_dead_coordinate_has_the_floor_of_the_step(diagonal: str, eps: float) -> None:
+    """With ``eps=0`` a coordinate without gradient is not divided by zero."""
+    params = make_params(((4, 3), (5,)), dtype=torch.float64)
+    start = values(params)
+    opt = Butterfly(params, eps=eps, diagonal=diagonal)
+    for step in range(12):
+        set_grads(params, step)
+        for param in params:
+            param.grad[0] = 0.0
+        opt.step()
+    for param, old in zip(params, start, strict=True):
+        operator = opt.preconditioner(param)
+        assert torch.isfinite(operator.d).all()
+        assert (operator.d > 0).all()
+        assert operator.d.max() <= 1 / max(eps, torch.finfo(torch.float64).tiny ** 0.5)
+        step_of_it = operator @ opt.state[param]["exp_avg"].flatten()
+        assert torch.isfinite(step_of_it).all()
+        assert torch.equal(param[0], old[0])

@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from contract import MODES, make_params, snapshot, through_state_dict, train
+from contract import build, every_mode, make_params, snapshot, through_state_dict, train
 from torch import Tensor
-
-from butterfly_opt import Butterfly
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [MODES["axes-secant"], MODES["flat"], MODES["same-batch"]])
+@every_mode
 def test_state_of_half_precision_parameters_is_float32(dtype: torch.dtype, options: dict[str, Any]) -> None:
     params = make_params(dtype=dtype)
-    opt = Butterfly(params, lr=0.01, **options)
+    opt = build(params, **{**options, "lr": 0.01})
     train(opt, params, range(8))
     resumed, new = through_state_dict(opt, params, options)
     train(resumed, new, range(8, 12))
     for optimizer in (opt, resumed):
         tensors = [v for state in snapshot(optimizer) for v in state.values() if isinstance(v, Tensor)]
-        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+        assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
     assert {param.dtype for param in new} == {dtype}

@@ -24,6 +24,8 @@ ADAM_SAYS_NO = {
     "... after the model is cast from float32 to bf16",
     "Stochastic rounding of bf16 writes",
     "`diagnostics()`: plain numbers on each group",
+    "A dummy step of zeros on a new optimizer leaves no trace",
+    "A model whose parameters come in another order loads by their names",
 }
 """What Butterfly does not keep yet."""
 

@@ -45,7 +45,7 @@ def test_replicas_stay_bit_identical(report: dict[str, Any], mode: str) -> None:
     assert report["replicas"][mode] == 0
 
 
-def test_replicas_with_different_seeds_would_be_noticed(report: dict[str, Any]) -> None:
+def test_replicas_that_refit_at_different_steps_would_be_noticed(report: dict[str, Any]) -> None:
     assert report["control"] > 0
 
 

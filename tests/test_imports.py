@@ -12,14 +12,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ("butterfly_opt.triton_kernels", "triton_kernels")
-MATHEMATICS = {
-    "rotation": set(),
-    "sketch": set(),
-    "pairs": set(),
+MATHEMATICS: dict[str, set[str]] = {
+    "plan": set(),
+    "rotation": {"plan"},
     "diagonal": set(),
-    "blocks": {"rotation"},
-    "refit": {"rotation", "backend"},
+    "rounding": set(),
+    "basis": {"plan", "rotation"},
+    "operators": {"basis", "rotation"},
 }
+"""The mathematics without an optimizer: a module, and what it may import of the package."""
+
+LAYERS: dict[str, set[str]] = {
+    "layout": set(),
+    "options": {"layout", "plan"},
+    "stack": {"layout", "plan", "rotation", "options", "secant", "newton"},
+    "step": {"stack", "diagonal", "rounding", "rotation"},
+    "estimate": {"stack", "step", "diagonal", "rotation", "basis", "operators"},
+    "diagnostics": {"stack", "estimate", "rotation"},
+    "fused": {"step", "stack", "diagonal", "rotation", "plan", "triton_kernels"},
+    "backend": {"step", "stack", "options", "fused"},
+}
+"""From the bottom to the top, below the optimizer: no module imports one that stands after it."""
 
 
 def imported(file: Path) -> set[str]:
@@ -57,7 +70,7 @@ def offenders(files: list[Path], *packages: str) -> list[str]:
 
 def test_the_walk_sees_what_is_there() -> None:
     names = imported(ROOT / "butterfly_opt" / "optimizer.py")
-    assert {"warnings", "torch", "butterfly_opt.update", "butterfly_opt.update.TensorStep"} <= names
+    assert {"warnings", "torch", "butterfly_opt.stack", "butterfly_opt.stack.Stack"} <= names
     assert {"experiments.config", "torch"} <= set().union(*map(imported, sources("experiments")))
 
 
@@ -72,7 +85,7 @@ def test_kernels_import_torch_and_triton_only() -> None:
         assert roots <= allowed, f"{file.name} imports {sorted(roots - allowed)}"
 
 
-OPTIONAL = {"operators.py": {"scipy"}, "mixture.py": {"sklearn"}}
+OPTIONAL = {"operators.py": {"scipy"}, "mixture.py": {"sklearn"}, "fused.py": {"triton_kernels"}}
 """What a module may import beside torch and numpy: an export, an interface; never on ``import butterfly_opt``."""
 
 
@@ -90,24 +103,63 @@ def test_optional_packages_are_not_imported_with_the_package() -> None:
     assert "sklearn" not in found.stdout
 
 
-def test_only_the_backend_imports_the_kernels() -> None:
-    files = [file for file in sources("butterfly_opt") if file.name != "backend.py"]
-    assert not offenders(files, *KERNELS, "triton")
+def test_only_the_fused_step_imports_the_kernels_and_only_the_backend_imports_it() -> None:
+    assert not offenders([file for file in sources("butterfly_opt") if file.name != "fused.py"], *KERNELS, "triton")
+    assert not offenders(
+        [file for file in sources("butterfly_opt") if file.name != "backend.py"], "butterfly_opt.fused"
+    )
 
 
-@pytest.mark.parametrize(("module", "allowed"), MATHEMATICS.items(), ids=MATHEMATICS.keys())
-def test_mathematics_knows_no_optimizer(module: str, allowed: set[str]) -> None:
-    names = {name for name in imported(ROOT / "butterfly_opt" / f"{module}.py") if starts_with(name, "butterfly_opt")}
-    assert {name.split(".")[1] for name in names} <= allowed
+def test_kernels_are_not_imported_with_the_package() -> None:
+    script = "import sys, butterfly_opt; print({'triton', 'butterfly_opt.fused'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def of_the_package(module: str) -> set[str]:
+    names = imported(ROOT / "butterfly_opt" / f"{module}.py")
+    return {name.split(".")[1] for name in names if starts_with(name, "butterfly_opt") and name != "butterfly_opt"}
+
+
+@pytest.mark.parametrize(("module", "allowed"), [*MATHEMATICS.items(), *LAYERS.items()])
+def test_imports_run_one_way(module: str, allowed: set[str]) -> None:
+    assert of_the_package(module) <= allowed
     assert not any(starts_with(name, "torch.optim") for name in imported(ROOT / "butterfly_opt" / f"{module}.py"))
 
 
-MIDDLE = ["estimate", "update", "layout", "basis", "operators", "secant", "backend", "options"]
+def test_there_is_no_circle() -> None:
+    graph = {file.stem: of_the_package(file.stem) for file in sources("butterfly_opt") if file.stem != "__init__"}
+    done: set[str] = set()
+    while graph:
+        free = {module for module, below in graph.items() if not below & graph.keys()}
+        assert free, f"a circle among {sorted(graph)}"
+        done |= free
+        graph = {module: below for module, below in graph.items() if module not in free}
+    assert {"plan", "rotation", "stack", "step", "optimizer"} <= done
 
 
-@pytest.mark.parametrize("module", MIDDLE)
-def test_the_optimizer_is_on_top(module: str) -> None:
-    assert not offenders([ROOT / "butterfly_opt" / f"{module}.py"], "butterfly_opt.optimizer", "torch.optim")
+def test_a_plain_step_is_in_few_files() -> None:
+    """One matrix and one bias, on the torch path: optimizer, stack, step, layout, rotation (and its plan)."""
+    script = """
+import sys, torch
+from butterfly_opt import Butterfly
+params = [torch.nn.Parameter(torch.ones(300, 200)), torch.nn.Parameter(torch.ones(300))]
+opt = Butterfly(params)
+for p in params: p.grad = torch.randn_like(p)
+for _ in range(3): opt.step()
+seen = set()
+def note(frame, event, argument):
+    name = frame.f_code.co_filename.replace("\\\\", "/")
+    if "butterfly_opt/" in name and "triton" not in name: seen.add(name.split("butterfly_opt/")[-1])
+sys.setprofile(note)
+opt.step()
+sys.setprofile(None)
+print(*sorted(seen))
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert set(found.stdout.split()) <= {
+        "optimizer.py", "backend.py", "stack.py", "step.py", "layout.py", "rotation.py", "plan.py",
+    }  # fmt: skip
 
 
 def test_the_reference_imports_nothing_of_ours() -> None:

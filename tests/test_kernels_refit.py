@@ -1,200 +1,108 @@
-"""Tests of triton_kernels/refit.py, and of ``rotate.residual_gradient``.
+"""Tests of triton_kernels/refit.py. Oracles: ``torch.linalg.qr`` and ``Rotation.refit_`` in float64."""
 
-Oracle: ``butterfly_opt.refit`` in float64. Without a GPU the kernels run in Triton's interpreter.
-``BUTTERFLY_FULL_GRID=1`` runs every combination of lengths, depths and columns.
-"""
-
-import itertools
 import os
 
 import pytest
 import torch
 from torch import Tensor
 
-from butterfly_opt import refit, rotation
-from butterfly_opt.triton_kernels import launch
-from butterfly_opt.triton_kernels import refit as kernels
-from butterfly_opt.triton_kernels.rotate import residual_gradient
+from butterfly_opt import fused
+from butterfly_opt.rotation import Rotation, orthogonalize
+from butterfly_opt.triton_kernels import refit, tiles
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Relative error of the norm after all angle steps. Where a gradient is small beside its rounding, Adam
-# makes a step of it that depends on the rounding, in the float32 torch path as well.
-TOLERANCE = 1e-5
-LENGTHS = [1, 2, 3, 5, 31, 64, 100, 127, 1000, 1024]
-GRID = {"n": LENGTHS, "depth": [1, 2, 3], "columns": [8, 1, 5]}
-SAMPLE = [(n, 1 + i % 3, 8 if i % 4 else 5) for i, n in enumerate(LENGTHS)] + [(31, 2, 1), (100, 3, 8), (64, 1, 8)]
-OPTIONS = {"refit_lr": 0.06}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ORTHOGONAL = 2e-6
+"""Largest entry of ``Q^T Q - I`` in float32."""
+CASES = [(3, 2, 2), (5, 64, 16), (31, 8, 2), (65, 64, 16), (20, 4, 4)]
+if os.environ.get("BUTTERFLY_ALL_LENGTHS"):
+    CASES += [(96, 16, 8), (127, 2, 2), (1000, 64, 16), (1000, 64, 32), (4097, 64, 16)]
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets tiles grow as if the device had one multiprocessor: the interpreter pays for each program."""
-    monkeypatch.setattr(launch, "MIN_PROGRAMS", 1)
+def factor(a: Tensor) -> Tensor:
+    """The factor of ``A``, as one group whose second moment is A and whose matrix is the identity."""
+    n = a.shape[-1]
+    stage = tiles.stage_tiles(((1, n),), n, 0, 0, DEVICE)
+    q = torch.eye(n).view(1, -1).to(DEVICE)
+    usable = torch.ones(1, device=DEVICE)
+    refit.refit_stage_(q, a.float().reshape(1, -1).to(DEVICE), usable, stage, groups=1, lead=0, below=None)
+    return q.view(n, n).cpu().double()
 
 
-def make(n: int, depth: int, columns: int, *, stages: int | None = None) -> tuple[Tensor, refit.AngleState]:
-    """A correlated sketch of unit scale, and angles on their way."""
-    generator = torch.Generator().manual_seed(n + depth)
-    mixing = torch.linspace(0.3, 2, n)[:, None] * torch.randn(n, 4, generator=generator)
-    sketch = mixing @ torch.randn(4, columns, generator=generator) + torch.randn(n, columns, generator=generator)
-    sketch /= sketch.square().mean().sqrt()
-    angles = 0.3 * torch.randn(rotation.angles_shape(n, depth=depth, stages=stages), generator=generator)
-    mean = 1e-2 * torch.randn(angles.shape, generator=generator)
-    square = 1e-2 * torch.rand(angles.shape, generator=generator)
-    for stage in range(angles.shape[1]):  # slots beyond the last pair stay zero
-        pairs = sum(not i >> stage & 1 and i + (1 << stage) < n for i in range(n))
-        for tensor in (angles, mean, square):
-            tensor[:, stage, pairs:] = 0
-    return sketch.to(DEVICE), refit.AngleState(*(tensor.to(DEVICE) for tensor in (angles, mean, square)))
+def largest(x: Tensor) -> float:
+    return float(x.abs().max())
 
 
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    difference = result.double() - expected.double()
-    return (difference.norm() / expected.double().norm().clamp_min(1e-30)).item()
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 31, 64])
+def test_factor_is_that_of_qr(n):
+    a = torch.randn(n, n, generator=torch.Generator().manual_seed(n)).double()
+    q = factor(a)
+    assert largest(q - orthogonalize(a)) <= 1e-4, "as float32 follows from the condition of a random matrix"
+    assert largest(q.T @ q - torch.eye(n)) <= ORTHOGONAL
+    r = q.T @ a
+    assert largest(r.tril(-1)) <= 1e-5 * largest(a) and (r.diagonal() > -1e-5).all()
 
 
-def check(
-    sketch: Tensor, state: refit.AngleState, *, steps: int, taken: Tensor, owned=None, runs: int = 2, **options
-) -> None:
-    """Compares with torch in float64, and a second run with the first, bit for bit."""
-    exact = refit.AngleState(*(tensor.double() for tensor in state))
-    again = [tensor.clone() for tensor in state]
-    common = {"steps": steps, **OPTIONS}
-    refit.refit_sketch_(
-        sketch.double(), exact, taken=taken.double(), owned=owned.double() if owned is not None else None, **common
-    )
-    expected = rotation.rotate(sketch.double(), exact.angles, dim=0, transpose=True)
-    before = sketch.clone()
-    result = kernels.refit_sketch_(sketch, *state, taken=taken, owned=owned, **common, **options)
-    assert relative_error(result, expected) < TOLERANCE
-    for name, tensor in exact._asdict().items():
-        assert relative_error(getattr(state, name), tensor) < TOLERANCE, name
-    assert torch.equal(sketch, before)
-    if runs > 1:
-        repeated = kernels.refit_sketch_(sketch, *again, taken=taken, owned=owned, **common, **options)
-        assert torch.equal(repeated, result)
-        assert all(torch.equal(first, second) for first, second in zip(state, again, strict=True))
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("power", [6, 12])
+def test_factor_is_orthogonal_whatever_the_condition_and_scale(power, scale):
+    """Energies of gradients span six and more orders of magnitude; a Gram matrix would square them."""
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64)).Q
+    a = (scale * basis * torch.logspace(0, -power, 24, dtype=torch.float64) @ basis.T).float().double()
+    q = factor(a)
+    assert largest(q.T @ q - torch.eye(24)) <= ORTHOGONAL
+    assert largest((q.T @ a).tril(-1)) <= 1e-6 * largest(a)
+    reference = torch.linalg.qr(a.float()).Q.double()
+    assert largest((q.T @ a).tril(-1)) <= 4 * largest((reference.T @ a).tril(-1)) + 1e-8 * scale
 
 
-def covering() -> list[tuple[int, int, int]]:
-    return list(itertools.product(*GRID.values())) if os.environ.get("BUTTERFLY_FULL_GRID") == "1" else SAMPLE
+def test_columns_of_zero_are_completed_to_a_basis():
+    a = torch.zeros(5, 5)
+    assert torch.equal(factor(a), torch.eye(5).double())
+    a[:, 2], a[1, 0] = 1.0, -3.0
+    q = factor(a)
+    assert largest(q.T @ q - torch.eye(5)) <= ORTHOGONAL
+    assert largest(q - orthogonalize(a.double())) <= ORTHOGONAL
 
 
-@pytest.mark.parametrize("n, depth, columns", covering())
-def test_refit_equals_torch(n, depth, columns):
-    sketch, state = make(n, depth, columns)
-    check(sketch, state, steps=2, taken=torch.tensor(3.0, device=DEVICE))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_refit_is_that_of_the_rotation(case):
+    """Short ones twice, so that a transport follows a transport; one of the rotations is left out."""
+    n, block, lead = case
+    exact = Rotation.identity(n, block=block, lead=lead, count=2, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(n)
+    energies = torch.logspace(1, -1, n, dtype=torch.float64)[:, None]
+    x = torch.randn(2, n, 3 * n, generator=generator, dtype=torch.float64) * energies
+    exact.observe_(x, 1.0)
+    matrices, moments = exact.matrices.float().to(DEVICE), exact.moments.float().to(DEVICE)
+    exact.moments.copy_(moments)
+    ours, before = Rotation(exact.plan, matrices, moments), (matrices.clone(), moments.clone())
+    version = matrices._version
+    for _ in range(2 if n < 64 else 1):
+        fused._refit_(ours, torch.tensor([1.0, 0.0], device=DEVICE))
+        exact.refit_(torch.tensor([True, False]))
+    assert largest(ours.matrices.cpu() - exact.matrices) <= 1e-4
+    assert largest(ours.moments.cpu() - exact.moments) <= 1e-5 * largest(exact.moments)
+    assert torch.equal(ours.matrices[1], before[0][1]) and torch.equal(ours.moments[1], before[1][1])
+    assert ours.matrices._version > version, "Rotation.dense must notice"
 
 
-@pytest.mark.parametrize("n, depth, columns, stages, max_tile, steps", [
-    (100, 2, 8, None, 256, 1), (127, 1, 5, None, 256, 1), (64, 2, 1, None, 64, 2), (40, 1, 8, 4, 128, 2),
-])  # fmt: skip
-def test_longer_axes_take_several_passes(n, depth, columns, stages, max_tile, steps, monkeypatch):
-    monkeypatch.setattr(kernels, "MAX_WINDOW", 16)
-    sketch, state = make(n, depth, columns, stages=stages)
-    taken = torch.full_like(state.angles, 20)
-    check(sketch, state, steps=steps, taken=taken, runs=steps, max_tile=max_tile)
+def test_repeated_refits_stay_orthogonal_and_find_eigenvectors():
+    ours = Rotation.identity(5, block=8, lead=4, dtype=torch.float32, device=DEVICE)
+    basis = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0))).Q
+    ours.moments.copy_((basis * 10.0 ** -torch.arange(5) @ basis.T).reshape(1, -1))
+    for _ in range(8):
+        fused._refit_(ours, torch.ones(1, device=DEVICE))
+    q = ours.matrices.view(5, 5).cpu()
+    assert largest(q.T @ q - torch.eye(5)) <= ORTHOGONAL
+    # The rounding of C over its smallest gap, 1e-7 / 1e-4.
+    assert largest((basis.T @ q).abs() - torch.eye(5)) <= 5e-3
 
 
-def test_longest_axis():
-    sketch, state = make(4097, 1, 8)
-    assert not kernels.fits_on_chip(state.angles.shape[1], 8)
-    check(sketch, state, steps=1, taken=torch.tensor(0.0, device=DEVICE), runs=1)
-
-
-@pytest.mark.parametrize("window", [kernels.MAX_WINDOW, 16])
-def test_packs(window, monkeypatch):
-    """Axes of several lengths behind one another, some in one window, each at a step of its own."""
-    monkeypatch.setattr(kernels, "MAX_WINDOW", window)
-    lengths = [5, 100, 31, 64, 2, 1, 127, 3]
-    packing = refit.pack_axes(lengths)
-    parts = [make(n, 2, 8) for n in lengths]
-    sketch = refit.pack_rows(packing, [part for part, _ in parts])
-    states = [state for _, state in parts]
-    state = refit.AngleState(*(refit.pack_angles(packing, column) for column in zip(*states, strict=True)))
-    taken = refit.pack_angles(packing, [torch.full_like(s.angles, 10.0 * i) for i, s in enumerate(states)])
-    owned = refit.pack_angles(packing, [torch.ones_like(s.angles) for s in states])
-    assert packing.total % (1 << packing.stages) and packing.total > 1 << packing.stages
-    check(sketch, state, steps=2, taken=taken, owned=owned)
-    assert not any(tensor[owned == 0].any() for tensor in state)
-
-
-def test_no_steps_and_nothing_to_rotate():
-    sketch, state = make(20, 1, 8)
-    kept = [tensor.clone() for tensor in state]
-    taken = torch.tensor(0.0, device=DEVICE)
-    result = kernels.refit_sketch_(sketch, *state, steps=0, taken=taken, **OPTIONS)
-    assert relative_error(result, rotation.rotate(sketch, state.angles, dim=0, transpose=True)) < 1e-6
-    assert all(torch.equal(tensor, before) for tensor, before in zip(state, kept, strict=True))
-    for shape in ((1, 8), (0, 8), (4, 0)):
-        empty = torch.randn(shape, device=DEVICE)
-        angles = torch.zeros(1, max(shape[0] - 1, 0).bit_length(), shape[0] // 2, device=DEVICE)
-        result = kernels.refit_sketch_(empty, angles, angles, angles, steps=2, taken=taken, **OPTIONS)
-        assert torch.equal(result, empty) and result is not empty
-
-
-def test_zero_sketch_changes_no_angle():
-    _, state = make(20, 1, 8)
-    zero = torch.zeros(20, 8, device=DEVICE)
-    state.mean.zero_()
-    kept = state.angles.clone()
-    kernels.refit_sketch_(zero, *state, steps=2, taken=torch.tensor(0.0, device=DEVICE), **OPTIONS)
-    assert torch.equal(state.angles, kept)
-
-
-def test_constants_equal_the_package():
-    assert kernels.ANGLE_BETAS == refit.ANGLE_BETAS
-    assert kernels.ANGLE_EPS == refit.ANGLE_EPS
-    assert kernels.SETTLING_STEPS == refit.SETTLING_STEPS
-
-
-def test_what_fits_on_chip():
-    assert kernels.fits_on_chip(10, 8) and not kernels.fits_on_chip(11, 8)
-    assert kernels.fits_on_chip(11, 4) and not kernels.fits_on_chip(11, 5)
-
-
-@pytest.mark.parametrize("n, columns, max_tile", [(1, 8, 32), (3, 3, 32), (100, 8, 256), (100, 8, 16384), (31, 1, 32)])
-def test_residual_gradient(n, columns, max_tile):
-    u, state = make(n, 2, columns)
-    expected = rotation.angle_gradient(u.double(), refit.one_sided_residual(u.double()), state.angles.double(), dim=0)
-    result = residual_gradient(u, state.angles.cos(), state.angles.sin(), max_tile=max_tile)
-    assert relative_error(result, expected) < 1e-5
-
-
-@pytest.mark.parametrize("name, change, kind, message", [
-    ("sketch", torch.float64, TypeError, "sketch must be one of torch.float32, got torch.float64; use butterfly_opt"),
-    ("mean", torch.bfloat16, TypeError, "mean must be one of torch.float32, got torch.bfloat16"),
-    ("sketch", "transposed", ValueError, r"sketch must be contiguous, got shape \(20, 8\)"),
-    ("owned", "meta", ValueError, "owned must be on .*, got meta"),
-    ("sketch", (20, 9), ValueError, r"sketch must be \(n, k\) with k <= 8, got shape \(20, 9\)"),
-    ("sketch", (20,), ValueError, r"sketch must be \(n, k\) with k <= 8, got shape \(20,\)"),
-    ("sketch", (22, 8), ValueError, r"angles must be \(depth, <= 5, 11\) for a sketch of 22 rows, got .*\(1, 5, 10\)"),
-    ("angles", (1, 6, 10), ValueError, r"angles must be \(depth, <= 5, 10\)"),
-    ("square", (1, 5, 9), ValueError, r"square must have shape \(1, 5, 10\) like angles, got \(1, 5, 9\)"),
-    ("owned", (5, 10), ValueError, r"owned must have shape \(1, 5, 10\) like angles, got \(5, 10\)"),
-    ("taken", (10,), ValueError, r"taken must be 0-d or of shape \(1, 5, 10\) like angles, got \(10,\)"),
-    ("taken", torch.int64, TypeError, "taken must be one of torch.float32, got torch.int64"),
-    ("steps", -1, ValueError, "steps must be >= 0, got -1"),
-    ("refit_lr", float("nan"), ValueError, "refit_lr must be >= 0, got nan"),
-])  # fmt: skip
-def test_wrong_arguments(name, change, kind, message):
-    sketch, state = make(20, 1, 8)
-    arguments = {"sketch": sketch, **state._asdict(), "taken": torch.tensor(0.0, device=DEVICE)}
-    arguments |= {"owned": torch.ones_like(state.angles), "steps": 1, **OPTIONS}
-    old = arguments[name]
-    if change == "transposed":
-        arguments[name] = old.T.contiguous().T
-    elif isinstance(old, Tensor):
-        arguments[name] = torch.ones(change, device=DEVICE) if isinstance(change, tuple) else old.to(change)
-    else:
-        arguments[name] = change
-    with pytest.raises(kind, match=message):
-        kernels.refit_sketch_(**arguments)
-
-
-def test_residual_gradient_refuses():
-    cos = torch.ones(1, 2, 2, device=DEVICE)
-    with pytest.raises(ValueError, match=r"u must have at most 8 columns, got shape \(4, 9\)"):
-        residual_gradient(torch.zeros(4, 9, device=DEVICE), cos, cos)
-    with pytest.raises(ValueError, match="max_tile must be a power of two >= 16, got 8"):
-        residual_gradient(torch.zeros(4, 8, device=DEVICE), cos, cos, max_tile=16)
+def test_unfit_tensors_are_refused():
+    stage = tiles.stage_tiles(((1, 3),), 3, 0, 0, DEVICE)
+    flat, usable = torch.zeros(1, 9, device=DEVICE), torch.ones(1, device=DEVICE)
+    with pytest.raises(ValueError, match=r"usable must be contiguous of shape \(1,\)"):
+        refit.refit_stage_(flat, flat, usable[:0], stage, groups=1, lead=0, below=None)
+    with pytest.raises(TypeError, match=r"moments must be torch.float32"):
+        refit.refit_stage_(flat, flat.double(), usable, stage, groups=1, lead=0, below=None)

@@ -1,317 +1,144 @@
-"""Tests of triton_kernels/rotate.py and launch.py.
+"""Tests of triton_kernels/rotate.py and tiles.py. Oracle: ``butterfly_opt.rotation.Rotation`` in float64.
 
-Oracles: up to n = 127 a dense float64 Q multiplied from explicit Givens matrices, which uses nothing of
-the package; beyond, ``butterfly_opt.rotation`` in float64. Without a GPU the kernels run in Triton's
-interpreter. ``BUTTERFLY_FULL_GRID=1`` runs every combination instead of a sample that covers all pairs.
+Without a GPU the kernels run in Triton's interpreter. BUTTERFLY_ALL_LENGTHS=1 adds the lengths that take it minutes.
 """
 
-import itertools
 import os
 
 import pytest
 import torch
 from torch import Tensor
 
-from butterfly_opt import rotation
-from butterfly_opt.triton_kernels import launch
-from butterfly_opt.triton_kernels.rotate import angle_gradient, can_use_rotate, rotate_columns
+from butterfly_opt import fused
+from butterfly_opt.plan import make_plan
+from butterfly_opt.rotation import Rotation
+from butterfly_opt.triton_kernels import rotate, tiles
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Relative error of the norm. The kernels compute in float32 whatever the input, which is compared as
-# rounded to its dtype; the looser bound allows for a kernel that one day multiplies in low precision.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-GRID = {
-    "n": [1, 2, 3, 5, 31, 64, 100, 127, 1000, 1024, 4097],
-    "dtype": [torch.float32, torch.bfloat16, torch.float16],
-    "depth": [1, 2, 3],
-    "pre_post": [(3, 1), (1, 5), (2, 3)],
-    "transpose": [False, True],
-    "stages": [None, 2],
-}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = 2e-6
+"""Relative: float32 sums of up to 64 products a stage, in up to seven stages."""
+CASES = [(2, 64, 16), (3, 2, 2), (5, 2, 2), (31, 8, 2), (31, 3, 3), (64, 64, 16), (65, 64, 16), (96, 16, 8)]
+CASES += [(100, 64, 16)]
+LARGE = [(127, 2, 2), (1000, 64, 16), (1000, 64, 32), (784, 32, 32), (4097, 64, 16)]
+if os.environ.get("BUTTERFLY_ALL_LENGTHS"):
+    CASES += LARGE
 
 
-FULL_GRID = os.environ.get("BUTTERFLY_FULL_GRID") == "1"
+def make_rotation(n: int, block: int, lead: int, count: int = 2) -> Rotation:
+    """Random orthogonal groups, float64 values that float32 holds."""
+    generator = torch.Generator().manual_seed(n)
+    rotation = Rotation.identity(n, block=block, lead=lead, count=count, dtype=torch.float64)
+    for view in (view for runs in rotation.plan.views(rotation.matrices) for view in runs):
+        view.copy_(torch.linalg.qr(torch.randn(view.shape, generator=generator, dtype=torch.float64)).Q)
+    rotation.matrices.copy_(rotation.matrices.float())
+    rotation.moments.copy_(torch.rand(rotation.moments.shape, generator=generator).double())
+    return rotation
 
 
-def covering(grid: dict[str, list]) -> list[tuple]:
-    """Combinations in which each pair of values of two parameters occurs, chosen greedily; all if asked."""
-    everything = list(itertools.product(*grid.values()))
-    if FULL_GRID:
-        return everything
-    places = list(itertools.combinations(range(len(grid)), 2))
-
-    def pairs(case: tuple) -> set:
-        return {(i, j, str(case[i]), str(case[j])) for i, j in places}
-
-    open_pairs = set().union(*(pairs(case) for case in everything))
-    chosen = []
-    while open_pairs:
-        best = max(everything, key=lambda case: len(pairs(case) & open_pairs))
-        chosen.append(best)
-        open_pairs -= pairs(best)
-    return chosen
+def on_kernels(rotation: Rotation) -> Rotation:
+    return Rotation(rotation.plan, rotation.matrices.float().to(DEVICE), rotation.moments.float().to(DEVICE))
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets tiles grow as if the device had one multiprocessor: the interpreter pays for each program."""
-    monkeypatch.setattr(launch, "MIN_PROGRAMS", 1)
+def values_of(count: int, n: int, others: int, dim: int, values: int = 1) -> Tensor:
+    shape = (values, count, n, others) if dim == -2 else (values, count, others, n)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
 
 
-def make(n: int, pre: int, post: int, depth: int = 1, stages: int | None = None, batch: tuple[int, ...] = ()):
-    generator = torch.Generator().manual_seed(n + 7 * depth)
-    angles = torch.randn(*batch, *rotation.angles_shape(n, depth=depth, stages=stages), generator=generator)
-    x, y = torch.randn(2, *batch, pre, n, post, generator=generator)
-    return x.to(DEVICE), y.to(DEVICE), angles.to(DEVICE)
+def relative(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.cpu().double() - exact).norm() / exact.norm())
 
 
-def dense(angles: Tensor, n: int) -> Tensor:
-    """Q in float64, one Givens matrix at a time."""
-    q = torch.eye(n, dtype=torch.float64)
-    for butterfly in angles.double().cpu():
-        for stage, row in enumerate(butterfly):
-            lowers = [i for i in range(n) if not i >> stage & 1 and i + 2**stage < n]
-            for pair, i in enumerate(lowers):
-                j, t = i + 2**stage, row[pair]
-                left, right = q[:, i].clone(), q[:, j].clone()
-                q[:, i] = left * t.cos() + right * t.sin()
-                q[:, j] = right * t.cos() - left * t.sin()
-    return q
+@pytest.mark.parametrize("dim", [-2, -1])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_stages_rotate_forth_and_back(case, dim):
+    exact = make_rotation(*case)
+    x = values_of(2, case[0], 5, dim, values=2)
+    u = x.clone().to(DEVICE)
+    stages = fused._stages(exact.plan, DEVICE)
+    for stage in stages:
+        rotate.rotate_stage_(u, on_kernels(exact).matrices, stage.tiles, stage.coordinates, dim=dim, transpose=True)
+    for ours, own in zip(u, x.double(), strict=True):
+        assert relative(ours, exact.to_rotated(own, dim=dim)) <= TOLERANCE
+    for stage in reversed(stages):
+        rotate.rotate_stage_(u, on_kernels(exact).matrices, stage.tiles, stage.coordinates, dim=dim, transpose=False)
+    assert relative(u, x.double()) <= TOLERANCE
 
 
-def expected_rotation(x: Tensor, angles: Tensor, transpose: bool) -> Tensor:
-    n = x.shape[-2]
-    if n > 127:
-        return rotation.rotate(x.double(), angles.double(), dim=-2, transpose=transpose).cpu()
-    q = dense(angles, n)
-    return (q.T if transpose else q) @ x.double().cpu()
+@pytest.mark.parametrize("dim", [-2, -1])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_moments_are_observed(case, dim):
+    exact = make_rotation(*case)
+    ours = on_kernels(exact)
+    x = values_of(2, case[0], 70, dim)[0]
+    weights = torch.tensor([0.25, 0.0])
+    broken = x.clone()
+    broken[1] = torch.nan
+    fused._observe_(broken.to(DEVICE), ours, weights.to(DEVICE), dim=dim)
+    before = exact.moments.clone()
+    exact.observe_(x.double() if dim == -2 else x.double().mT, weights.double())
+    assert relative(ours.moments, exact.moments) <= TOLERANCE
+    assert torch.equal(ours.moments[1].cpu().double(), before[1]), "a weight of 0 changes nothing, whatever the values"
 
 
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    difference = result.double().cpu() - expected.double().cpu()
-    return (difference.norm() / expected.double().norm().clamp_min(1e-30)).item()
+def test_other_axis_may_be_rotated_before():
+    """The sums over an axis are the same when that axis is rotated: both axes are observed on one buffer."""
+    row, column = make_rotation(24, 8, 2, count=1), make_rotation(40, 8, 4, count=1)
+    ours, x = [on_kernels(row), on_kernels(column)], values_of(1, 24, 40, -2)[0]
+    buffer, weights = x.clone().to(DEVICE), torch.ones(1, device=DEVICE)
+    for rotation, dim in zip(ours, (-2, -1), strict=True):
+        fused._observe_(buffer, rotation, weights, dim=dim)
+    column.observe_(x.double().mT, 1.0)
+    assert relative(ours[1].moments, column.moments) <= TOLERANCE
 
 
-@pytest.mark.parametrize(list(GRID), covering(GRID))
-def test_rotate_equals_oracle(n, dtype, depth, pre_post, transpose, stages):
-    x, _, angles = make(n, *pre_post, depth, stages)
-    x = x.to(dtype)
-    result = rotate_columns(x, angles.cos(), angles.sin(), transpose=transpose)
-    assert result.dtype == torch.float32 and result.shape == x.shape
-    assert relative_error(result, expected_rotation(x, angles, transpose)) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("pre, n, post, depth, max_tile", [(2, 31, 1, 2, 16), (1, 40, 5, 1, 32), (1, 40, 9, 1, 64),
-                                                           (2, 100, 1, 2, 64), (1, 37, 3, 1, 32)])  # fmt: skip
-def test_several_passes(pre, n, post, depth, max_tile, transpose):
-    x, g, angles = make(n, pre, post, depth)
-    cos, sin = angles.cos(), angles.sin()
-    assert len(launch.stage_passes(angles.shape[-2], post=post, max_tile=max_tile)) > 1
-    result = rotate_columns(x, cos, sin, transpose=transpose, max_tile=max_tile)
-    assert relative_error(result, expected_rotation(x, angles, transpose)) < 1e-5
-    if transpose:
-        kept = x.clone(), g.clone()
-        back = torch.empty_like(g)
-        gradient = angle_gradient(x, g, cos, sin, max_tile=max_tile, out_input_gradient=back)
-        expected = rotation.angle_gradient(x.double(), g.double(), angles.double(), dim=-2)
-        assert relative_error(gradient, expected) < 1e-5
-        assert relative_error(back, expected_rotation(g, angles, transpose=False)) < 1e-5
-        assert torch.equal(x, kept[0]) and torch.equal(g, kept[1])
-
-
-GRADIENT_GRID = {name: GRID[name] for name in ("n", "dtype", "depth", "pre_post")}
-# The longest axis needs two passes beside other columns: as rows only, unless all is asked for.
-GRADIENT_SAMPLE = [case for case in covering(GRADIENT_GRID) if FULL_GRID or case[0] < 4097 or case[3] == (3, 1)]
-
-
-@pytest.mark.parametrize(list(GRADIENT_GRID), GRADIENT_SAMPLE)
-def test_angle_gradient_equals_torch(n, dtype, depth, pre_post):
-    u, g, angles = make(n, *pre_post, depth, stages=2 if pre_post == (2, 3) else None)
-    u, g = u.to(dtype), g.to(dtype)
-    cos, sin = angles.cos(), angles.sin()
-    back = torch.empty_like(g, dtype=torch.float32)
-    result = angle_gradient(u, g, cos, sin, out_input_gradient=back)
-    expected = rotation.angle_gradient(u.double(), g.double(), angles.double(), dim=-2)
-    assert result.shape == angles.shape
-    assert relative_error(result, expected) < TOLERANCE[dtype]
-    assert relative_error(back, expected_rotation(g, angles, transpose=False)) < TOLERANCE[dtype]
-    assert torch.equal(result[expected.to(result.device) == 0], torch.zeros_like(result[expected == 0]))
-    assert torch.equal(result, angle_gradient(u, g, cos, sin))
-
-
-def test_angle_gradient_equals_autograd_of_the_dense_product():
-    y, g, angles = (t.double().cpu() for t in make(6, 2, 3, 1))
-    angles.requires_grad_()
-    u = y
-    for stage in range(3):
-        matrix = torch.eye(6, dtype=torch.float64)
-        for pair, i in enumerate(i for i in range(6) if not i >> stage & 1 and i + 2**stage < 6):
-            j, t = i + 2**stage, angles[0, stage, pair]
-            step = torch.zeros(6, 6, dtype=torch.float64)
-            step[i, i] = step[j, j] = -1
-            rows = torch.zeros_like(step)
-            rows[i, i] = rows[j, j] = rows[i, j] = 1
-            mask_diag, mask_up = torch.zeros_like(step), torch.zeros_like(step)
-            mask_diag[i, i] = mask_diag[j, j] = 1
-            mask_up[i, j], mask_up[j, i] = 1, -1
-            matrix = matrix + step + mask_diag * t.cos() + mask_up * t.sin()
-        u = matrix @ u
-    (expected,) = torch.autograd.grad((u * g).sum(), angles)
-    cos, sin = (f(angles.detach()).float().to(DEVICE) for f in (torch.cos, torch.sin))
-    result = angle_gradient(u.detach().float().to(DEVICE), g.float().to(DEVICE), cos, sin)
-    assert relative_error(result, expected) < 1e-5
-
-
-def test_partial_sums_of_several_items_add_up(monkeypatch):
-    monkeypatch.setattr(launch, "GOOD_TILE", 32)
-    u, g, angles = make(16, 9, 1)
-    tile = launch.choose_tile((1, 9, 16, 1), range(4), reduces=True)
-    assert tile.items > launch.choose_workers(tile, 1)
-    expected = rotation.angle_gradient(u.double(), g.double(), angles.double(), dim=-2)
-    assert relative_error(angle_gradient(u, g, angles.cos(), angles.sin()), expected) < 1e-5
-
-
-@pytest.mark.parametrize("pre", [None, 3])
-def test_batch_has_angles_of_its_own(pre):
-    x, g, angles = make(13, pre or 1, 4, 2, batch=(3,))
-    if pre is None:
-        x, g = x[:, 0], g[:, 0]
-    cos, sin = angles.cos(), angles.sin()
-    result = rotate_columns(x, cos, sin, transpose=True)
-    gradient = angle_gradient(x, g, cos, sin)
-    for b in range(3):
-        assert relative_error(result[b], expected_rotation(x[b], angles[b], transpose=True)) < 1e-5
-        expected = rotation.angle_gradient(x[b].double(), g[b].double(), angles[b].double(), dim=-2)
-        assert relative_error(gradient[b], expected) < 1e-5
-
-
-@pytest.mark.parametrize("count, max_tile", [(1, 16384), (2, 16384), (4, 16384), (3, 32)])
-def test_lists_are_rotated_alike(count, max_tile):
-    x, y, angles = make(21, 2, 1)
-    columns = [x, y.bfloat16(), x + y, x - y][:count]
-    results = rotate_columns(columns, angles.cos(), angles.sin(), max_tile=max_tile)
-    assert len(results) == count
-    for result, column in zip(results, columns, strict=True):
-        assert relative_error(result, expected_rotation(column, angles, transpose=False)) < 1e-5
-    assert rotate_columns([], angles.cos(), angles.sin()) == []
-
-
-@pytest.mark.parametrize("max_tile", [16384, 32])
-def test_in_place(max_tile):
-    x, _, angles = make(40, 1, 3)
-    expected = expected_rotation(x, angles, transpose=True)
-    result = rotate_columns(x, angles.cos(), angles.sin(), transpose=True, out=x, max_tile=max_tile)
-    assert result is x
-    assert relative_error(x, expected) < 1e-5
-
-
-def test_exact_cases():
-    x = torch.arange(8.0, device=DEVICE).view(1, 8, 1)
-    zero, one = torch.zeros(1, 3, 4, device=DEVICE), torch.ones(1, 3, 4, device=DEVICE)
-    assert torch.equal(rotate_columns(x, one, zero), x)
-    assert torch.equal(rotate_columns(x, -one, zero), -x)
-    # A quarter turn in every stage of Q^T: (lo, hi) -> (hi, -lo).
-    expected = torch.tensor([7.0, -6, -5, 4, -3, 2, 1, -0.0], device=DEVICE).view(1, 8, 1)
-    assert torch.equal(rotate_columns(x, zero, one, transpose=True), expected)
-
-
-@pytest.mark.parametrize("shape, stages", [((0, 6, 2), 3), ((2, 6, 0), 3), ((2, 1, 3), 0), ((2, 6, 3), 0)])
-def test_nothing_to_rotate_copies(shape, stages):
-    x = torch.randn(shape, device=DEVICE)
-    cos = torch.ones(2, stages, shape[1] // 2, device=DEVICE)
-    result = rotate_columns(x, cos, cos - 1)
-    assert torch.equal(result, x) and (result.numel() == 0 or result.data_ptr() != x.data_ptr())
-    back = torch.empty_like(x)
-    assert torch.equal(angle_gradient(x, x, cos, cos - 1, out_input_gradient=back), torch.zeros_like(cos))
-    assert torch.equal(back, x)
-
-
-def test_stage_passes():
-    assert launch.stage_passes(0, post=1) == []
-    assert launch.stage_passes(13, post=1) == [range(13)]
-    assert launch.stage_passes(14, post=1) == [range(7), range(7, 14)]
-    assert launch.stage_passes(11, post=64) == [range(11)]
-    assert launch.stage_passes(12, post=64) == [range(6), range(6, 12)]
-    assert launch.stage_passes(24, post=1) == [range(13), range(13, 24)]
-    with pytest.raises(ValueError, match="max_tile must be a power of two >= 16, got 24"):
-        launch.stage_passes(3, post=1, max_tile=24)
-
-
-@pytest.mark.parametrize("stages", range(1, 25))
-@pytest.mark.parametrize("post, max_tile, reduces", [(1, 16384, False), (1, 16384, True), (3, 64, False), (9, 64, True),
-                                                     (4096, 16384, True)])  # fmt: skip
-def test_tiles_fit_and_cover(stages, post, max_tile, reduces, monkeypatch):
-    monkeypatch.setattr(launch, "MIN_PROGRAMS", 264)
-    n = 2**stages - (stages > 1)
-    passes = launch.stage_passes(stages, post=post, max_tile=max_tile)
-    assert [stage for used in passes for stage in used] == list(range(stages))
-    for used in passes:
-        tile = launch.choose_tile((2, 5, n, post), used, reduces=reduces, max_tile=max_tile)
-        assert tile.elements <= max_tile
-        assert tile.middle == 2 ** len(used)
-        covered = tile.high_blocks * (1 if tile.shared_high else tile.group) * tile.middle * 2**used.start
-        assert covered >= n
-        runs = tile.low_blocks * tile.run_blocks * tile.run
-        assert runs >= 2**used.start * post
-        assert 32 * launch.choose_num_warps(tile.elements, 2) <= max(32, tile.elements)
-
-
-def test_large_tiles_only_where_programs_remain(monkeypatch):
-    monkeypatch.setattr(launch, "MIN_PROGRAMS", 264)
-    small, large = (launch.choose_tile((1, rows, 256, 1), range(8)) for rows in (64, 65536))
-    assert small.elements == launch.SMALL_TILE
-    assert large.elements == launch.GOOD_TILE
+@pytest.mark.parametrize("others", [1, 64, 200])
+def test_chunks_are_added_in_one_order(others, monkeypatch):
+    """However many programs share a tile, and twice the same bits."""
+    exact = make_rotation(20, 8, 2, count=1)
+    x, weights = values_of(1, 20, others, -2)[0], torch.ones(1, device=DEVICE)
+    found = []
+    for programs in (1, 1000, 1000):
+        monkeypatch.setattr(tiles, "MANY_PROGRAMS", programs)
+        ours = on_kernels(exact)
+        fused._observe_(x.clone().to(DEVICE), ours, weights, dim=-2)
+        found.append(ours.moments)
+    assert torch.equal(found[1], found[2])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "change, error, message",
-    [
-        ({"columns": torch.float64}, TypeError, r"columns must be one of .*got torch.float64; use butterfly_opt"),
-        ({"columns": torch.int64}, TypeError, r"columns must be one of .*got torch.int64"),
-        ({"cos": torch.bfloat16}, TypeError, r"cos must be one of torch.float32, got torch.bfloat16"),
-        ({"columns": "transposed"}, ValueError, r"columns must be contiguous, got shape \(2, 6, 4\)"),
-        ({"columns": (6, 4)}, ValueError, r"columns must be \(pre, n, post\)"),
-        ({"columns": (1, 2, 6, 4)}, ValueError, r"columns must be \(pre, n, post\)"),
-        ({"columns": (2, 9, 4)}, ValueError, r"does not fit columns of shape \(2, 9, 4\): .*<= 4, 4"),
-        ({"columns": (2, 0, 4)}, ValueError, r"does not fit columns"),
-        ({"cos": (3, 3)}, ValueError, r"sin must have shape \(3, 3\)"),
-        ({"cos": (3, 3), "sin": (3, 3)}, ValueError, r"cos must be \(depth, stages, n // 2\)"),
-        ({"cos": (1, 4, 3), "sin": (1, 4, 3)}, ValueError, r"does not fit"),
-        ({"cos": (3, 1, 3, 3), "sin": (3, 1, 3, 3)}, ValueError, r"must have the batch of cos, 3"),
-        ({"sin": "meta"}, ValueError, r"sin must be on .*, got meta"),
-        ({"columns": "meta", "cos": "meta", "sin": "meta"}, ValueError, r"columns must be on a CUDA device, got meta"),
-    ],
+    "runs, length", [([(3, 5)], 15), ([(2, 33), (1, 32)], 98), ([(5, 2)], 11), ([(40, 2), (1, 3)], 84)]
 )
-def test_wrong_arguments(change, error, message):
-    tensors = {"columns": torch.zeros(2, 6, 4), "cos": torch.ones(1, 3, 3), "sin": torch.zeros(1, 3, 3)}
-    tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
-    assert can_use_rotate(tensors["columns"], tensors["cos"])
-    for name, what in change.items():
-        old = tensors[name]
-        if what == "transposed":
-            tensors[name] = old.transpose(1, 2).contiguous().transpose(1, 2)
-        else:
-            tensors[name] = torch.zeros(what, device=DEVICE) if isinstance(what, tuple) else old.to(what)
-    with pytest.raises(error, match=message):
-        rotate_columns(**tensors)
-    if set(change) != {"sin"}:
-        with pytest.raises(error, match=message.replace("columns", "u")):
-            angle_gradient(tensors["columns"], tensors["columns"], tensors["cos"], tensors["sin"])
-        assert not can_use_rotate(tensors["columns"], tensors["cos"]) or "sin must have" in message
+def test_tiles_cover_every_coordinate_once(runs, length):
+    cut = tiles.stage_tiles(tuple(runs), length, 7, 1, torch.device("cpu"))
+    seen = [start + i for start, total, *_ in cut.table.tolist() for i in range(total)]
+    assert seen == list(range(length))
+    assert all(total <= cut.width and total % size == 0 for _, total, _, size, _ in cut.table.tolist())
+    turned = sum(total * size for _, total, offset, size, _ in cut.table.tolist() if offset >= 0)
+    assert turned == sum(count * size**2 for count, size in runs)
 
 
-def test_wrong_companions():
-    x, cos = torch.zeros(2, 6, 4, device=DEVICE), torch.ones(1, 3, 3, device=DEVICE)
-    with pytest.raises(ValueError, match=r"grad_u must have shape \(2, 6, 4\) like u, got \(1, 6, 4\)"):
-        angle_gradient(x, x[:1], cos, cos)
-    with pytest.raises(ValueError, match=r"columns\[1\] must have shape \(2, 6, 4\)"):
-        rotate_columns([x, x[:1]], cos, cos)
-    with pytest.raises(ValueError, match="out must hold 2 tensors like columns, got 1"):
-        rotate_columns([x, x], cos, cos, out=[x])
-    with pytest.raises(TypeError, match=r"out must be torch\.float32, got torch\.bfloat16"):
-        rotate_columns(x, cos, cos, out=x.bfloat16())
-    with pytest.raises(ValueError, match=r"out must be contiguous, of shape \(2, 6, 4\).*got shape \(1, 6, 4\)"):
-        rotate_columns(x, cos, cos, out=x[:1])
-    with pytest.raises(ValueError, match="max_tile must be a power of two"):
-        rotate_columns(x, cos, cos, max_tile=8)
+def test_what_does_not_fit_is_refused(monkeypatch):
+    rotation = on_kernels(make_rotation(5, 8, 2))
+    stage = fused._stages(rotation.plan, DEVICE)[0]
+    x = torch.zeros(1, 2, 5, 4, device=DEVICE)
+    options = {"dim": -2, "transpose": True}
+    with pytest.raises(TypeError, match=r"x must be torch.float32, got torch.float64; use butterfly_opt.rotation"):
+        rotate.rotate_stage_(x.double(), rotation.matrices, stage.tiles, None, **options)
+    with pytest.raises(ValueError, match=r"x must be contiguous of shape \(1, 2, 5, 4\)"):
+        rotate.rotate_stage_(x.mT.contiguous().mT, rotation.matrices, stage.tiles, None, **options)
+    with pytest.raises(ValueError, match=r"matrices must be contiguous of shape \(2, 25\)"):
+        rotate.rotate_stage_(x, rotation.matrices[:1], stage.tiles, None, **options)
+    with pytest.raises(ValueError, match="groups of at most 64, got 100; use backend='torch'"):
+        fused._stages(make_plan(100, 128, 32), DEVICE)
+    with pytest.raises(ValueError, match="moments"):
+        fused._moments(Rotation(rotation.plan, rotation.matrices))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="the kernels need a CUDA device, got cpu; use"):
+        rotate.rotate_stage_(x.cpu(), rotation.matrices.cpu(), stage.tiles, None, **options)
+
+
+def test_a_table_of_a_gpu_is_refused_in_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="cannot run on cuda under TRITON_INTERPRET=1"):
+        tiles.address_table([(0, 0, 0, 0)], torch.device("cuda"))

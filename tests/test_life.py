@@ -27,17 +27,15 @@ from butterfly_opt import Butterfly
 SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (2, 3), (4, 2), (1, 3), (2, 1, 2), (0,)]
 KINDS: list[dict[str, Any]] = [
     {},
-    {"diagonal": "innovation"},
+    {"diagonal": "secant"},
     {"structure": "flat"},
-    {"structure": "flat", "diagonal": "innovation", "block_size": 4},
-    {"scaling": "newton"},
+    {"structure": "flat", "diagonal": "secant", "block": 4, "lead": 2},
+    {"block": 2, "lead": 2, "diagonal": "secant"},
     {"capturable": True},
-    {"capturable": True, "structure": "flat"},
+    {"capturable": True, "structure": "flat", "diagonal": "secant"},
     {"stochastic_rounding": True},
-    {"pairs": "same_batch"},
-    {"pairs": "same_batch", "structure": "flat", "scaling": "newton"},
+    {"batch_dims": 1, "diagonal": "secant"},
 ]
-QUICK = {"depth": 1, "refit_steps": 1}
 CHANGES: dict[str, list[Any]] = {
     "lr": [0.0, 1e-3, 0.1],
     "betas": [(0.9, 0.99), (0.0, 0.5), (0.95, 0.999)],
@@ -45,22 +43,19 @@ CHANGES: dict[str, list[Any]] = {
     "weight_decay": [0.0, 0.1],
     "decoupled_weight_decay": [False, True],
     "maximize": [False, True],
-    "max_update": [0.5, 3.0],
     "refit_every": [1, 7],
-    "refit_steps": [0, 2],
-    "refit_lr": [0.0, 0.1],
 }
-RESTARTS: dict[str, list[Any]] = {"depth": [1, 2], "scaling": ["adam", "newton"]}
-"""Changes after which the estimate starts anew."""
+RESTARTS: dict[str, list[Any]] = {"block": [64, 32], "diagonal": ["innovation", "secant"]}
+"""Changes after which the estimate starts anew, where the state is of another shape then."""
 
-HUGE, MAX_GRAD = 1e18, 1.8e19
+HUGE, MAX_GRAD = 1e14, 1e15
 # Kinds of gradients; the factor of the usable ones.
 USABLE = {"normal": 1.0, "zero": 0.0, "tiny": 1e-30, "huge": HUGE}
 BAD = {"nan": math.nan, "inf": -math.inf, "square overflows": 1e20}
 MOST_PARAMS = 6
 
 # What a step may write without taking it.
-BOOKKEEPING = ("calls", "skipped", "restarts", "fingerprint")
+BOOKKEEPING = ("calls", "skipped")
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -86,12 +81,11 @@ def is_usable(grad: Tensor) -> bool:
 
 
 class Life(RuleBasedStateMachine):
-    """``params`` are those of ``opt`` in order; ``edited`` and ``restarting`` hold positions of parameters."""
+    """``params`` are those of ``opt`` in order; ``restarting`` holds positions of parameters."""
 
     @initialize(kind=st.sampled_from(KINDS), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
     def begin(self, kind: dict[str, Any], dtype: torch.dtype) -> None:
-        self.opt = Butterfly(make_params([(3, 2), (4,)], dtype), lr=0.01, **QUICK, **kind)
-        self.edited: set[int] = set()
+        self.opt = Butterfly([{"params": make_params([(3, 2), (4,)], dtype), **kind}], lr=0.01)
         self.restarting: set[int] = set()
         self.steps = 0
 
@@ -145,22 +139,18 @@ class Life(RuleBasedStateMachine):
             if usable:
                 self.check_length(group, params, [old[id(param)] for param in params])
             elif params[0] in self.opt.state and id(params[0]) in states and not (places & self.restarting and grads):
-                skip = (*BOOKKEEPING, "displacement") if places & self.edited else BOOKKEEPING
-                assert_same(self.opt.state[params[0]], states[id(params[0])], skip=skip if grads else ())
+                assert_same(self.opt.state[params[0]], states[id(params[0])], skip=BOOKKEEPING if grads else ())
             if grads:
-                self.edited -= places
                 self.restarting -= places
 
     @staticmethod
     def check_length(group: dict[str, Any], params: list[nn.Parameter], before: list[Tensor]) -> None:
-        """``|delta| <= sqrt(n) lr max_update``, besides decoupled decay and rounding of the parameters."""
+        """``|delta| <= sqrt(n) lr``, besides decoupled decay and rounding of the parameters."""
         square, allowed = 0.0, 0.0
         decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
         for param, old in zip(params, before, strict=True):
             square += (param.detach().double() - old.double()).square().sum().item()
-            room = group["lr"] * group["max_update"] + old.double().abs() * (
-                group["lr"] * decay + 4 * UNIT_ROUNDOFF[param.dtype]
-            )
+            room = group["lr"] + old.double().abs() * (group["lr"] * decay + 4 * UNIT_ROUNDOFF[param.dtype])
             allowed += room.square().sum().item()
         assert math.sqrt(square) <= math.sqrt(allowed) * (1 + 1e-2) + 1e-30
 
@@ -175,8 +165,10 @@ class Life(RuleBasedStateMachine):
                 self.take_step(each, ["normal"] * MOST_PARAMS, seed)
         assert_same([p.detach() for p in new], [p.detach() for p in self.params])
         self.opt = opt
-        self.edited.clear()
-        self.restarting.clear()
+        place = {id(param): i for i, param in enumerate(new)}
+        for _, params in self.units(opt):
+            if any(param.grad is not None for param in params):
+                self.restarting -= {place[id(param)] for param in params}
 
     @rule(seed=st.integers(0, 2**20))
     def save_and_load(self, seed: int) -> None:
@@ -198,7 +190,7 @@ class Life(RuleBasedStateMachine):
         before = self.opt.state_dict()["state"]
         params = make_params([shape], torch.bfloat16 if half else torch.float32)
         # The group's own options, for a kind is valid as a whole.
-        base = {"structure": "axes", "diagonal": "secant", "scaling": "adam", "pairs": "ema", "block_size": None,
+        base = {"structure": "axes", "diagonal": "innovation", "block": 64, "lead": 16, "batch_dims": 0,
                 "capturable": False, "stochastic_rounding": False}  # fmt: skip
         self.opt.add_param_group({"params": params, **base, **kind})
         assert_same(self.opt.state_dict()["state"], before)
@@ -211,7 +203,7 @@ class Life(RuleBasedStateMachine):
     @rule(index=st.integers(0, MOST_PARAMS), change=st.sampled_from(sorted(RESTARTS)), choice=st.integers(0, 1))
     def change_what_restarts(self, index: int, change: str, choice: int) -> None:
         group = self.opt.param_groups[index % len(self.opt.param_groups)]
-        if change == "scaling" and (group["diagonal"] == "innovation" or group["capturable"]):
+        if change == "block" and group["lead"] != 16:
             return
         if group[change] != RESTARTS[change][choice]:
             ids = {id(param) for param in group["params"]}
@@ -225,14 +217,12 @@ class Life(RuleBasedStateMachine):
         for param in group["params"]:
             param.grad = None
             param.data = param.data.to(dtype)
-            self.edited |= {i for i, other in enumerate(self.params) if other is param}
 
     @rule(index=st.integers(0, MOST_PARAMS), factor=st.sampled_from([0.0, 0.5, -1.0]))
     def edit_by_hand(self, index: int, factor: float) -> None:
         index %= len(self.params)
         with torch.no_grad():
             self.params[index].mul_(factor)
-        self.edited.add(index)
 
     @rule(index=st.integers(0, MOST_PARAMS))
     def freeze_or_unfreeze(self, index: int) -> None:
@@ -251,14 +241,16 @@ class Life(RuleBasedStateMachine):
                     assert value.dtype == torch.float32
                     assert torch.isfinite(value).all()
             if state:
-                assert state["mean_grad"].numel() == sum(param.numel() for param in params)
-                assert 0 <= state["step"] + state["skipped"] <= state["calls"]
-                assert state["grad_sq"].min() >= 0 if state["grad_sq"].numel() else True
+                assert state["exp_avg"].numel() == sum(param.numel() for param in params)
+                # The host's clock stands still where it knows that a gradient does not count.
+                assert 0 <= state["step"] <= state["calls"] <= state["step"] + state["skipped"] + self.steps
+                for name in ("exp_avg_sq", "disp_sq"):
+                    assert name not in state or not state[name].numel() or state[name].min() >= 0
 
 
 # Hypothesis: the same 300 examples on every run; a longer run is a search, with fresh ones.
 EXAMPLES = os.environ.get("HYPOTHESIS_EXAMPLES")
-TestLife = pytest.mark.filterwarnings("ignore:.*restarts", "ignore:.*skipped since a gradient")(Life.TestCase)
+TestLife = pytest.mark.filterwarnings("ignore:.*restarts", "ignore:.*their step was skipped")(Life.TestCase)
 TestLife.settings = settings(
     max_examples=int(EXAMPLES or 300),
     stateful_step_count=20,

@@ -9,30 +9,37 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from butterfly_opt import normal
 from butterfly_opt.normal import ButterflyNormal
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
-from butterfly_opt.rotation import angles_shape
+from butterfly_opt.orthogonal import group_matrices, num_skew
+from butterfly_opt.plan import make_plan
+from butterfly_opt.rotation import Rotation
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 """float64: a few thousand roundings of the Cholesky factor of a covariance of condition 40."""
-SIZES = [(1, 1), (2, 1), (7, 2), (16, 1), (300, 2)]
+SIZES = [(1, (64, 16)), (2, (2, 2)), (7, (4, 2)), (16, (64, 16)), (300, (64, 16))]
 
 
-def operator(n, *, depth=1, seed=0, dtype=torch.float64):
+def operator(n, *, plan=(4, 2), seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    angles = torch.randn(angles_shape(n, depth=depth), generator=generator, dtype=dtype)
-    return RotatedDiagonal.from_angles(angles, 0.1 + 4 * torch.rand(n, generator=generator, dtype=dtype))
+    skew = torch.randn(num_skew(n, block=plan[0], lead=plan[1]), generator=generator, dtype=dtype)
+    return rotated(skew, 0.1 + 4 * torch.rand(n, generator=generator, dtype=dtype), plan)
 
 
-def pair(n, *, depth=1, seed=0, batch=()):
+def rotated(skew, d, plan=(4, 2)):
+    made = make_plan(len(d), *plan)
+    return RotatedDiagonal.from_rotation(Rotation(made, group_matrices(made, skew)), d)
+
+
+def pair(n, *, plan=(4, 2), seed=0, batch=()):
     """The same Gaussian, ours and torch's."""
-    covariance = operator(n, depth=depth, seed=seed)
+    covariance = operator(n, plan=plan, seed=seed)
     loc = torch.randn(*batch, n, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     return ButterflyNormal(loc, covariance), MultivariateNormal(loc, covariance.to_dense())
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-@pytest.mark.parametrize(("n", "depth"), SIZES)
-def test_all_are_those_of_the_dense_gaussian(n, depth, batch):
-    ours, dense = pair(n, depth=depth, batch=batch)
+@pytest.mark.parametrize(("n", "plan"), SIZES)
+def test_all_are_those_of_the_dense_gaussian(n, plan, batch):
+    ours, dense = pair(n, plan=plan, batch=batch)
     assert ours.batch_shape == dense.batch_shape
     assert ours.event_shape == dense.event_shape
     assert ours.has_rsample
@@ -48,10 +55,10 @@ def test_all_are_those_of_the_dense_gaussian(n, depth, batch):
     torch.testing.assert_close(ours.log_prob(one), dense.log_prob(one), **EXACT)
 
 
-@pytest.mark.parametrize(("n", "depth"), SIZES)
-def test_the_divergence_is_that_of_the_dense_gaussians(n, depth, monkeypatch):
+@pytest.mark.parametrize(("n", "plan"), SIZES)
+def test_the_divergence_is_that_of_the_dense_gaussians(n, plan, monkeypatch):
     for batches in (((), ()), ((3,), ()), ((2, 1), (3,))):
-        (p, dense_p), (q, dense_q) = pair(n, depth=depth, batch=batches[0]), pair(n, seed=7, batch=batches[1])
+        (p, dense_p), (q, dense_q) = pair(n, plan=plan, batch=batches[0]), pair(n, seed=7, batch=batches[1])
         expected = kl_divergence(dense_p, dense_q)
         torch.testing.assert_close(kl_divergence(p, q), expected, **EXACT)
         assert kl_divergence(p, q).shape == torch.broadcast_shapes(*batches)
@@ -62,7 +69,7 @@ def test_the_divergence_is_that_of_the_dense_gaussians(n, depth, monkeypatch):
 
 def test_samples_have_the_mean_and_the_covariance():
     """200,000 samples: the covariance of a sample covariance is sum of products of S over their number."""
-    covariance = operator(6, depth=2)
+    covariance = operator(6)
     loc = torch.arange(6, dtype=torch.float64)
     torch.manual_seed(0)
     samples = ButterflyNormal(loc, covariance).sample((200_000,))
@@ -75,14 +82,14 @@ def test_samples_have_the_mean_and_the_covariance():
 @pytest.mark.parametrize("quantity", ["log_prob", "entropy", "kl", "rsample"])
 def test_gradients_reach_everything(quantity):
     generator = torch.Generator().manual_seed(0)
-    angles = torch.randn(angles_shape(6, depth=2), generator=generator, dtype=torch.float64, requires_grad=True)
+    skew = torch.randn(num_skew(6, block=4, lead=2), generator=generator, dtype=torch.float64, requires_grad=True)
     d = (0.5 + torch.rand(6, generator=generator, dtype=torch.float64)).requires_grad_()
     loc = torch.randn(2, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     value = torch.randn(3, 2, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     other = pair(6, seed=5)[0]
 
-    def compute(angles, d, loc, value):
-        p = ButterflyNormal(loc, RotatedDiagonal.from_angles(angles, d))
+    def compute(skew, d, loc, value):
+        p = ButterflyNormal(loc, rotated(skew, d))
         if quantity == "rsample":
             torch.manual_seed(1)
             return p.rsample((2,))
@@ -90,7 +97,7 @@ def test_gradients_reach_everything(quantity):
             return kl_divergence(p, other), kl_divergence(other, p)
         return p.log_prob(value) if quantity == "log_prob" else p.entropy()
 
-    assert torch.autograd.gradcheck(compute, (angles, d, loc, value))
+    assert torch.autograd.gradcheck(compute, (skew, d, loc, value))
 
 
 def test_expand_shares_the_operator():

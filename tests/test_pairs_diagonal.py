@@ -1,4 +1,4 @@
-"""butterfly_opt.pairs and diagonal. Oracles: averages from full histories and the regression in ``reference``."""
+"""The pairs of ``step``, and ``diagonal``. Oracles: averages of full histories, the regression in ``reference``."""
 
 from itertools import pairwise
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from butterfly_opt import Butterfly
 from butterfly_opt.diagonal import MIN_STEPS, regress
-from butterfly_opt.pairs import advance_displacement_, average_weight, update_mean_grad_
 
 # Recursions and histories sum some 60 terms of order one in float64.
 PAIR_TOLERANCE = 1e-12
@@ -31,9 +31,9 @@ BETAS = {
 }
 
 
-def weight_of(betas: list[float], t: int) -> float:
+def weight_of(beta: float, t: int) -> float:
     """The weight of step t (from 1): bias-corrected for a constant beta, the first one always 1."""
-    return average_weight(betas[t - 1], t)
+    return (1 - beta) / (1 - beta**t)
 
 
 def symmetric(n: int, seed: int) -> np.ndarray:
@@ -41,81 +41,82 @@ def symmetric(n: int, seed: int) -> np.ndarray:
     return matrix + matrix.T
 
 
-def run_recursions(betas: list[float], *, tensors: bool) -> list[dict[str, np.ndarray]]:
-    """Walks a quadratic with arbitrary written steps, through the recursions of the package."""
+def walk(betas: list[float], *, tensors: bool = False, capturable: bool = False) -> list[dict[str, np.ndarray]]:
+    """Walks a quadratic in steps that others write, through the optimizer: its averages, and what they are of."""
     rng = np.random.default_rng(3)
     hessian, offset = symmetric(N, 4), rng.standard_normal(N)
-    theta = torch.from_numpy(rng.standard_normal(N))
-    mean_grad, displacement = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+    param = torch.from_numpy(rng.standard_normal(N)).requires_grad_()
+    opt = Butterfly([param], lr=0.0, diagonal="secant", capturable=capturable)
     rows = []
-    for t in range(1, STEPS + 1):
-        weight: float | Tensor = weight_of(betas, t)
-        if tensors:
-            weight = torch.tensor(weight, dtype=torch.float64)
-        grad = torch.from_numpy(hessian @ theta.numpy() + offset)
-        s = displacement.clone()
-        y = update_mean_grad_(mean_grad, grad, weight)
-        written = torch.from_numpy(rng.standard_normal(N) * rng.choice([1e-2, 1.0]))
-        advance_displacement_(displacement, written, weight)
-        rows.append({"theta": theta.numpy(), "grad": grad.numpy(), "s": s.numpy(), "y": y.numpy()})
-        rows[-1] |= {"gbar": mean_grad.numpy().copy(), "Hs": hessian @ s.numpy()}
-        theta = theta + written
+    for beta in betas:
+        theta = param.detach().numpy().copy()
+        opt.param_groups[0]["betas"] = (torch.tensor(beta, dtype=torch.float64) if tensors else beta, 0.99)
+        param.grad = torch.from_numpy(hessian @ theta + offset)
+        opt.step()
+        state = opt.state[param]
+        rows.append({"theta": theta, "grad": param.grad.numpy().copy(), "hessian": hessian})
+        rows[-1] |= {name: state[name].numpy().copy() for name in ("exp_avg", "param_avg", "disp_sq", "cross")}
+        with torch.no_grad():
+            param.add_(torch.from_numpy(rng.standard_normal(N) * rng.choice([1e-2, 1.0])))
     return rows
 
 
+@pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("tensors", [False, True])
 @pytest.mark.parametrize("betas", BETAS.values(), ids=BETAS.keys())
-def test_pair_identity_on_a_quadratic(betas: list[float], tensors: bool) -> None:
+def test_pair_identity_on_a_quadratic(betas: list[float], tensors: bool, capturable: bool) -> None:
     """y_t = H s_t from the second step on, whatever was written and whatever beta does."""
-    rows = run_recursions(betas, tensors=tensors)
-    for row in rows[1:]:
-        np.testing.assert_allclose(row["y"], row["Hs"], rtol=0, atol=PAIR_TOLERANCE * (1 + abs(row["y"]).max()))
-    assert max(abs(row["y"]).max() for row in rows[1:]) > 1e-2
+    rows = walk(betas, tensors=tensors, capturable=capturable)
+    for before, row in pairwise(rows):
+        y, s = row["grad"] - before["exp_avg"], row["theta"] - before["param_avg"]
+        np.testing.assert_allclose(y, row["hessian"] @ s, rtol=0, atol=PAIR_TOLERANCE * (1 + abs(y).max()))
+        assert abs(s).max() > 1e-3
 
 
 @pytest.mark.parametrize("betas", BETAS.values(), ids=BETAS.keys())
-def test_recursions_equal_averages_of_histories(betas: list[float]) -> None:
-    rows = run_recursions(betas, tensors=False)
-    weights = [weight_of(betas, t) for t in range(1, STEPS + 1)]
+def test_averages_equal_those_of_histories(betas: list[float]) -> None:
+    """Gradients and parameters with the same weights; squares and products of the pairs, which start at step 2."""
+    rows = walk(betas)
+    weights = [weight_of(beta, t) for t, beta in enumerate(betas, 1)]
     assert weights[0] == 1.0
-    for t in range(1, STEPS):
-        gbar, theta_bar = (reference.weighted_average([r[k] for r in rows[:t]], weights[:t]) for k in ("grad", "theta"))
-        scale = 1 + max(abs(row["grad"]).max() for row in rows[: t + 1])
-        np.testing.assert_allclose(rows[t - 1]["gbar"], gbar, rtol=0, atol=PAIR_TOLERANCE * scale)
-        np.testing.assert_allclose(rows[t]["y"], rows[t]["grad"] - gbar, rtol=0, atol=PAIR_TOLERANCE * scale)
-        np.testing.assert_allclose(rows[t]["s"], rows[t]["theta"] - theta_bar, rtol=0, atol=PAIR_TOLERANCE * scale)
+    for t in range(1, STEPS + 1):
+        averages = [reference.weighted_average([r[k] for r in rows[:t]], weights[:t]) for k in ("grad", "theta")]
+        scale = 1 + max(abs(row["grad"]).max() for row in rows[:t])
+        for name, average in zip(("exp_avg", "param_avg"), averages, strict=True):
+            np.testing.assert_allclose(rows[t - 1][name], average, rtol=0, atol=PAIR_TOLERANCE * scale)
+    s = [row["theta"] - before["param_avg"] for before, row in pairwise(rows)]
+    y = [row["grad"] - before["exp_avg"] for before, row in pairwise(rows)]
+    for name, products in (("disp_sq", [a * a for a in s]), ("cross", [a * b for a, b in zip(s, y, strict=True)])):
+        expected = reference.exponential_average(products, 0.99)
+        np.testing.assert_allclose(rows[-1][name], expected, rtol=0, atol=PAIR_TOLERANCE * 1e3)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
 def test_constant_beta_is_the_bias_corrected_average(beta: float) -> None:
     """gbar is Adam's m_t / (1 - beta^t): a weighted mean of the whole history, with weights beta^(t-j)."""
-    rows = run_recursions([beta] * STEPS, tensors=False)
+    rows = walk([beta] * STEPS)
     for t in (1, 2, 5, STEPS):
         expected = reference.exponential_average([row["grad"] for row in rows[:t]], beta)
-        np.testing.assert_allclose(rows[t - 1]["gbar"], expected, rtol=0, atol=PAIR_TOLERANCE * 100)
+        np.testing.assert_allclose(rows[t - 1]["exp_avg"], expected, rtol=0, atol=PAIR_TOLERANCE * 100)
 
 
-def test_update_mean_grad_keeps_its_arguments() -> None:
-    mean, grad = torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
-    delta = update_mean_grad_(mean, grad, 0.5)
-    assert delta.tolist() == [0.0, 1.0, 2.0]
-    assert mean.tolist() == [1.0, 1.5, 2.0]
-    assert grad.tolist() == [1.0, 2.0, 3.0]
+def test_the_first_weight_is_at_most_1_for_every_beta() -> None:
+    """Rounded up, it would make averages of squares negative: so it would for every sixth beta on this grid."""
+    for thousandths in range(1000):
+        param = torch.ones(2, requires_grad=True)
+        opt = Butterfly([param], betas=(thousandths / 1000, thousandths / 1000), capturable=True)
+        param.grad = torch.tensor([1.0, -2.0])
+        opt.step()
+        assert opt.state[param]["exp_avg"].tolist() == [1.0, -2.0]
+        assert opt.state[param]["exp_avg_sq"].tolist() == [1.0, 4.0]
 
 
-def test_average_weight_of_a_tensor_step() -> None:
-    for t in range(1, 20):
-        step = torch.tensor(float(t), dtype=torch.float64)
-        assert average_weight(0.9, step).item() == pytest.approx(average_weight(0.9, t), rel=1e-12)
-    values = [average_weight(0.9, t) for t in range(1, 20)]
-    assert values[0] == 1.0
-    assert all(a > b > 0.1 for a, b in pairwise(values))
+def rows_of(*values: Tensor) -> list[Tensor]:
+    """Each as a stack of one tensor, ``(1, 1, n)``."""
+    return [value.reshape(1, 1, -1) for value in values]
 
 
-def test_average_weight_of_a_float32_step_is_at_most_1() -> None:
-    """Rounded up, it would make the root of ``1 - weight`` NaN: so for every sixth beta on this grid."""
-    step = torch.ones(())
-    assert all(average_weight(thousandths / 1000, step) <= 1 for thousandths in range(1000))
+LATE = torch.full((1, 1, 1), 1000.0)
 
 
 def moments(shape: tuple[int, ...], *, noise: float, seed: int, pairs: int = 40) -> tuple[np.ndarray, ...]:
@@ -134,14 +135,15 @@ def test_regress_equals_the_naive_formula(shape: tuple[int, ...], noise: float, 
     for seed in range(5):
         A, B, C, _ = moments(shape, noise=noise, seed=seed)
         h, nu2, tau2 = reference.secant_regression(A, B, C, 0.99, rounding=ROUNDING[dtype])
-        found = regress(*(torch.from_numpy(x).to(dtype) for x in (A, B, C)), beta2=0.99)
+        found = regress(*rows_of(*(torch.from_numpy(x).to(dtype) for x in (A, B, C))), beta2=0.99, step=LATE)
         tolerance = REGRESS_TOLERANCE[dtype]
         assert found.tau.item() == pytest.approx(tau2**0.5, rel=tolerance)
         scale = np.sqrt(A)
-        np.testing.assert_allclose(found.slope.numpy() / scale, h * tau2**0.5 / scale, rtol=tolerance, atol=tolerance)
-        np.testing.assert_allclose(found.noise.numpy() / A, nu2 / A, rtol=tolerance, atol=tolerance)
+        slope, variance, total = (x.numpy().reshape(shape) for x in (found.slope, found.noise, found.energy))
+        np.testing.assert_allclose(slope / scale, h * tau2**0.5 / scale, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(variance / A, nu2 / A, rtol=tolerance, atol=tolerance)
         energy = nu2 + h**2 * tau2
-        np.testing.assert_allclose(found.energy.numpy() / A, energy / A, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(total / A, energy / A, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("scale_grad", [1e-6, 1.0, 1e6])
@@ -153,26 +155,27 @@ def test_noise_free_pairs_give_the_curvature(scale_grad: float, scale_disp: floa
     w = rng.standard_normal((30, 50)) * scale_disp
     u = h * w
     A, B, C = (torch.from_numpy(x) for x in ((u**2).mean(0), (w**2).mean(0), (u * w).mean(0)))
-    found = regress(A, B, C, beta2=0.99)
+    found = regress(*rows_of(A, B, C), beta2=0.99, step=LATE)
     top = abs(h).max()
-    np.testing.assert_allclose((found.slope / found.tau).numpy(), h, rtol=1e-5, atol=5e-6 * top)
-    np.testing.assert_allclose(found.energy.sqrt().numpy() / found.tau.item(), abs(h), rtol=1e-2, atol=1e-3 * top)
+    np.testing.assert_allclose((found.slope / found.tau).flatten().numpy(), h, rtol=1e-5, atol=5e-6 * top)
+    np.testing.assert_allclose(
+        found.energy.sqrt().flatten().numpy() / found.tau.item(), abs(h), rtol=1e-2, atol=1e-3 * top
+    )
 
 
 def test_zero_displacement_gives_the_gradient_energy() -> None:
     A = torch.tensor([0.0, 1e-30, 1.0, 4.0])
-    found = regress(A, torch.zeros(4), torch.zeros(4), beta2=0.99)
-    assert torch.equal(found.energy, A)
+    found = regress(*rows_of(A, torch.zeros(4), torch.zeros(4)), beta2=0.99, step=LATE)
+    assert torch.equal(found.energy.flatten(), A)
     assert found.tau == 0
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_the_first_steps_give_the_gradient_energy(as_tensor: bool) -> None:
+def test_the_first_steps_give_the_gradient_energy() -> None:
     A, B, C, _ = (torch.from_numpy(x) for x in moments((9,), noise=0.1, seed=1))
     for step in range(1, MIN_STEPS + 2):
-        found = regress(A, B, C, beta2=0.99, step=torch.tensor(float(step)) if as_tensor else step)
+        found = regress(*rows_of(A, B, C), beta2=0.99, step=torch.full((1, 1, 1), float(step)))
         assert bool(found.tau > 0) == (step > MIN_STEPS)
-        assert torch.equal(found.energy, A) == (step <= MIN_STEPS)
+        assert torch.equal(found.energy.flatten(), A) == (step <= MIN_STEPS)
 
 
 @pytest.mark.parametrize("grad_scale", [1e18, 1e-15, 1e-18, 1e-30])
@@ -182,7 +185,7 @@ def test_extreme_gradients_stay_finite(grad_scale: float, disp_scale: float) -> 
     rng = np.random.default_rng(2)
     u = torch.from_numpy(rng.standard_normal((20, 64)).clip(-1, 1) * grad_scale).float()
     w = torch.from_numpy(rng.standard_normal((20, 64)) * disp_scale).float()
-    found = regress(u.square().mean(0), w.square().mean(0), (u * w).mean(0), beta2=0.99)
+    found = regress(*rows_of(u.square().mean(0), w.square().mean(0), (u * w).mean(0)), beta2=0.99, step=LATE)
     for value in (*found, found.energy):
         assert torch.isfinite(value).all()
     assert (found.energy >= 0).all()
@@ -205,7 +208,7 @@ def test_energy_is_never_negative(
     A, B, C, _ = moments((n,), noise=noise, seed=seed, pairs=1 + seed % 5)
     scale_grad, scale_disp = 10.0**grad_exponent, 10.0**disp_exponent
     A, B, C = A * scale_grad**2, B * scale_disp**2, C * scale_grad * scale_disp
-    found = regress(*(torch.from_numpy(x).to(dtype) for x in (A, B, C)), beta2=beta2)
+    found = regress(*rows_of(*(torch.from_numpy(x).to(dtype) for x in (A, B, C))), beta2=beta2, step=LATE)
     assert (found.energy >= 0).all()
     assert (found.noise >= 0).all()
     assert all(torch.isfinite(x).all() for x in (*found, found.energy))
@@ -222,7 +225,7 @@ def test_energy_is_never_negative_for_arbitrary_moments(moments: list[tuple[floa
     A = torch.tensor([m[0] for m in moments])
     B = torch.tensor([m[1] for m in moments])
     C = torch.tensor([m[2] for m in moments]) * A.sqrt() * B.sqrt()
-    found = regress(A, B, C, beta2=0.99)
+    found = regress(*rows_of(A, B, C), beta2=0.99, step=LATE)
     assert (found.noise >= 0).all()
     assert (found.energy >= 0).all()
 
@@ -231,5 +234,5 @@ def test_a_resting_coordinate_takes_the_mean_curvature() -> None:
     """Where nothing moved the slope is the tensor's mean curvature, not 0 / 0 and not 0."""
     w = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
     A, B = torch.tensor([4.0, 4.0, 1e-8], dtype=torch.float64), w.square()
-    found = regress(A, B, torch.tensor([2.0, 2.0, 0.0], dtype=torch.float64), beta2=0.99)
-    assert (found.slope / found.tau).tolist() == pytest.approx([2.0, 2.0, 2.0], rel=1e-3)
+    found = regress(*rows_of(A, B, torch.tensor([2.0, 2.0, 0.0], dtype=torch.float64)), beta2=0.99, step=LATE)
+    assert (found.slope / found.tau).flatten().tolist() == pytest.approx([2.0, 2.0, 2.0], rel=1e-3)

@@ -4,6 +4,7 @@ Oracle: torch.optim.Adam on the same batches and initial weights, each optimizer
 rate of a small grid, linear warm-up then linear decay.
 """
 
+import functools
 import itertools
 import statistics
 
@@ -12,6 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from butterfly_opt import Butterfly
+from butterfly_opt.rotation import Rotation
 from experiments.logistic import Problem
 
 STEPS = 150
@@ -55,42 +57,47 @@ def best_final(make, grid, seed, steps=STEPS, **options):
     return min(statistics.mean(autoencoder_losses(make, lr, seed, steps, **options)[-15:]) for lr in grid)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("structure", ["axes", "flat"])
+@functools.cache
+def adams(seed, steps, max_norm=None):
+    make = functools.partial(torch.optim.Adam, betas=(0.9, 0.99))
+    return best_final(lambda p, lr: make(p, lr=lr), (1e-2, 2e-2, 4e-2), seed, steps, max_norm=max_norm)
+
+
+@functools.cache
+def ours(seed, structure="axes", max_norm=None):
+    return best_final(lambda p, lr: Butterfly(p, lr=lr, structure=structure), (1e-2, 2e-2), seed, max_norm=max_norm)
+
+
+@pytest.mark.parametrize(("structure", "seed"), [("axes", 0), ("axes", 1), ("axes", 2), ("flat", 0)])
 def test_butterfly_reaches_adams_loss_in_fewer_steps(structure, seed):
-    """At STEPS steps Butterfly is below Adam's loss at twice as many (flat: 1.5 times)."""
-    factor = {"axes": 2.0, "flat": 1.5}[structure]
-    adam = best_final(
-        lambda p, lr: torch.optim.Adam(p, lr=lr, betas=(0.9, 0.99)), (1e-2, 2e-2, 4e-2), seed, int(STEPS * factor)
-    )
-    depth = {"axes": 2, "flat": 1}[structure]
-    ours = best_final(lambda p, lr: Butterfly(p, lr=lr, structure=structure, depth=depth), (1e-2, 2e-2), seed)
-    print(f"{structure}, seed {seed}: Butterfly {ours:.3f} at {STEPS}, Adam {adam:.3f} at {int(STEPS * factor)} steps")
-    assert ours < adam
+    """At STEPS steps Butterfly is below Adam's loss at twice as many, by a wide margin."""
+    adam, found = adams(seed, 2 * STEPS), ours(seed, structure)
+    print(f"{structure}, seed {seed}: Butterfly {found:.3f} at {STEPS}, Adam {adam:.3f} at {2 * STEPS} steps")
+    assert found < {"axes": 0.85, "flat": 0.9}[structure] * adam
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_rotation_is_what_pays(seed):
-    rotated = best_final(lambda p, lr: Butterfly(p, lr=lr), (1e-2, 2e-2), seed)
-    plain = best_final(lambda p, lr: Butterfly(p, lr=lr, refit_steps=0), (1e-2, 2e-2, 4e-2), seed)
-    print(f"seed {seed}: rotated {rotated:.3f}, without rotation {plain:.3f}")
-    assert rotated < 0.95 * plain
+    """Against itself with rotations that stay the identity."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rotation, "start_", lambda *_: None)
+        patch.setattr(Rotation, "refit_", lambda *_: None)
+        plain = best_final(lambda p, lr: Butterfly(p, lr=lr), (1e-2, 2e-2, 4e-2), seed)
+    print(f"seed {seed}: rotated {ours(seed):.3f}, without rotation {plain:.3f}")
+    assert ours(seed) < 0.85 * plain
 
 
 def test_clipping_by_norm_keeps_the_advantage():
     """The bound is near the median norm of the gradients: rescaled steps bend the identity behind the pairs."""
-    adam = best_final(
-        lambda p, lr: torch.optim.Adam(p, lr=lr, betas=(0.9, 0.99)), (1e-2, 2e-2, 4e-2), 0, 300, max_norm=2
-    )
-    ours = best_final(lambda p, lr: Butterfly(p, lr=lr), (1e-2, 2e-2), 0, max_norm=2)
-    print(f"clipped: Butterfly {ours:.3f} at {STEPS}, Adam {adam:.3f} at 300 steps")
-    assert ours < adam
+    adam, found = adams(0, 2 * STEPS, max_norm=2), ours(0, max_norm=2)
+    print(f"clipped: Butterfly {found:.3f} at {STEPS}, Adam {adam:.3f} at {2 * STEPS} steps")
+    assert found < 0.85 * adam
 
 
-@pytest.mark.filterwarnings("ignore:1 steps of tensors were skipped")
+@pytest.mark.filterwarnings("ignore:.*their step was skipped")
 def test_training_recovers_from_bad_gradients():
     """Ten steps, each with a NaN in one layer: the end is as good as that of other seeds."""
-    unharmed = [best_final(lambda p, lr: Butterfly(p, lr=lr), (2e-2,), seed) for seed in (0, 1, 2)]
+    unharmed = [ours(seed) for seed in (0, 1, 2)]
     harmed = best_final(lambda p, lr: Butterfly(p, lr=lr), (2e-2,), 0, bad_steps=range(25, 125, 10))
     print(f"harmed {harmed:.3f}, unharmed {unharmed}")
     assert harmed < max(unharmed) + (max(unharmed) - min(unharmed))
@@ -99,11 +106,11 @@ def test_training_recovers_from_bad_gradients():
 def test_newton_needs_fewer_gradients_than_adam_and_momentum():
     """Digits logistic regression, gradient norm 1e-4 of its start; measured 95 against 163 and 161."""
     problem = Problem(l2=0.01)
-    ours = problem.evaluations(lambda p: Butterfly(p, lr=0.7, betas=(0.5, 0.8), scaling="newton"), 200)
+    found = problem.evaluations(lambda p: Butterfly(p, lr=1.0, diagonal="newton"), 200)
     adam = [problem.evaluations(lambda p, lr=lr: torch.optim.Adam(p, lr=lr), 300) for lr in (0.03, 0.1, 0.3)]
     momentum = [
         problem.evaluations(lambda p, lr=lr: torch.optim.SGD(p, lr=lr, momentum=0.9), 300) for lr in (0.3, 1.0, 3.0)
     ]
-    print(f"Butterfly {ours}, Adam {adam}, momentum {momentum}")
-    assert ours is not None
-    assert ours < 0.8 * min(count for count in adam + momentum if count is not None)
+    print(f"Butterfly {found}, Adam {adam}, momentum {momentum}")
+    assert found is not None
+    assert found < 0.8 * min(count for count in adam + momentum if count is not None)

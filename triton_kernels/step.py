@@ -1,27 +1,40 @@
-"""The averages and the direction of one step in rotated coordinates, each one launch over a list of tensors.
+"""The element-wise work of a step, inside the passes over the leaves of both axes.
 
-Formulas, for one tensor of ``size`` coordinates, in the names of ``butterfly_opt.estimate``:
+Formulas, in the names of ``butterfly_opt.step``, for a tile of a leaf of the rows and one of the columns:
 
-    moments_    u = clamp(G, +-1e18) - gbar;  G <- u;  gbar <- gbar + a u;  A <- (1 - b) A + b u^2
-                secant also, with w = s:  B <- (1 - b') B + b' w^2;  C <- (1 - b') C + b' u w
-    direction_  V = A, or that of ``butterfly_opt.diagonal.regress``
-                out <- -lr clip(gbar / (sqrt(V) + max(eps, tiny)), +-max_update);  s <- (1 - a) s + out
+    forth   y = g - gbar,  gbar <- gbar + a y;   secant: s = theta - thetabar,  thetabar <- thetabar + a s
+            u, m, w = B_r^T (y, gbar, s) B_c;    flag = any(gbar = 0)
+    averages    A <- A + b (u^2 - A);                secant: B <- B + b' (w^2 - B),  C <- C + b' (u w - C)
+    direction   d = m / (sqrt(V + m^2) + floor),   V = A, or that of ``butterfly_opt.diagonal.regress``
+    back    theta <- round(theta (1 - lr weight_decay) - lr B_r d B_c^T), but for entries with gbar = 0
 
-``a, b, b'``, the step, ``lr`` and whether the gradient is usable come from device memory, see ``table.py``.
-Where it is not usable nothing but ``G`` and ``out`` is written, and those are 0, whatever ``G`` held.
+A coordinate is *final* once no later stage of either axis turns it. Averages and direction of final coordinates are
+taken in the passes over the leaves; ``take_rest_`` does those of all others, between the later stages of the way
+forth and those of the way back. ``secant`` needs sums of B and |C| over the tensor before any direction.
 
-Layout. Any shape, contiguous; a program holds BLOCK elements. Sums over a tensor (of B and ``|C|``) are
-written per program and added in a fixed order: no atomics, the results do not depend on the run.
+Layout. State is ``(count, rows, columns)``, contiguous; parameters and gradients lie where ``addresses`` says.
+``values`` is ``(2, count, rows, columns)``: u and m, and with ``secant`` a third, w; d takes the place of m. Where no
+axis is rotated, rows and columns are one row. ``numbers`` is float32 ``(count, 8)``, see ``NUMBERS``, ``constants``
+float32 ``(3,)``, see ``CONSTANTS``: they come from device memory, so a captured graph reads their newest values. Where
+a tensor is not usable, its programs return at once. Sums have one order, without atomics.
 
-Dtypes. State and arithmetic float32. float64 is for torch.
+Dtypes. Parameters and gradients float32, bfloat16 or float16, of one dtype each; state and arithmetic float32.
+Parameters are rounded once, to nearest even or stochastically (``butterfly_opt.rounding``).
 
-Cost, bytes a coordinate (``MOMENTS_BYTES``, ``DIRECTION_BYTES``): moments reads G, gbar, A and writes them, 24;
-secant reads s too, reads and writes B and C, 44. direction reads gbar, A and writes out, 12; secant reads B and
-C too, 20, and with the displacement reads and writes s, 28. Profitable at every size, since each replaces
-5 to 25 launches a tensor; below some 2**18 elements a launch is all that counts, which is what lists are for.
+Cost. Bytes a parameter, float32, in full width; final ones are 9/16 of all for ``lead = block / 4``
+(``butterfly_opt.fused.step_bytes`` counts them from the plans):
+
+                      innovation                              secant
+    forth             g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar' 24, m 4;
+                      others u, m 8                           final A, B, C both ways 24; others u, w 8
+    later stages      2 x 5.3                                 3 x 5.3
+    take_rest_        others u, m, A, A', d 20                others u, w, A, B, C both ways 32; A, B, C, m, d 20
+    later stages back 5.3                                     5.3
+    back              d, theta, theta' 12                     theta, theta' 8; final A, B, C, m 16; others d 4
+    together          59                                      108
 """
 
-from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 import torch
@@ -29,327 +42,521 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .table import (
-    BLOCK,
-    NUM_WARPS,
-    STATE_DTYPES,
-    TensorTable,
-    build_table,
-    check_beside,
-    check_launch,
-    check_lists,
-    every_element,
-    find_operand,
-    find_tensor,
-    given_lists,
-    is_usable,
-)
+from . import tiles
+from .tiles import PRECISION, Tiles, block_matrix, coordinates, goes_on
 
-MAX_ROTATED_GRAD = 1e18
-"""``butterfly_opt.update.MAX_ROTATED_GRAD``."""
+NUMBERS = ("mean", "square", "pair", "step", "lr", "usable", "keep", "floor")
+"""A row of ``numbers``: those of a stack, whether the gradient is usable, 1 - lr weight_decay, and ``step.floor``."""
 
-MIN_STEPS = 5
-"""``butterfly_opt.diagonal.MIN_STEPS``."""
+CONSTANTS = ("l2", "newest")
+"""L2 decay and ``1 - beta2``."""
 
-MOMENTS_BYTES = {"innovation": 24, "secant": 44}
-"""Bytes a coordinate that ``moments_`` moves."""
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""What parameters and gradients may be."""
 
-DIRECTION_BYTES = {"innovation": 12, "secant": 20, "secant advancing": 28}
-"""Bytes a coordinate that ``direction_`` moves; the last with the displacement."""
-
-_TORCH_MOMENTS = "butterfly_opt.batch.take_averages"
-_TORCH_DIRECTION = "butterfly_opt.batch.take_averages"
-
-_LARGEST = tl.constexpr(MAX_ROTATED_GRAD)
-_SETTLED = tl.constexpr(MIN_STEPS)
-_TINY = torch.finfo(torch.float32).tiny
+_TORCH_STEP = "butterfly_opt.step.take_step_"
+_N = tl.constexpr(len(NUMBERS))
 _ROOT_TINY = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
 _LEAST_TAU2 = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.75)
 
 
+class Geometry(NamedTuple):
+    """Tensors of one shape and the leaves of their axes.
+
+    Attributes:
+        shape: ``(count, rows, columns)`` as the kernels see them.
+        rows: leaves of the rows, or pieces of them.
+        columns: the same of the columns.
+        row_matrices: ``(count, numel)``, None if the rows are not rotated.
+        column_matrices: the same of the columns.
+    """
+
+    shape: tuple[int, int, int]
+    rows: Tiles
+    columns: Tiles
+    row_matrices: Tensor | None
+    column_matrices: Tensor | None
+
+    @property
+    def programs(self) -> int:
+        """Tiles of all tensors."""
+        return self.shape[0] * len(self.rows) * len(self.columns)
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether a later stage turns anything."""
+        return bool(self.rows.lead or self.columns.lead)
+
+    def arguments(self) -> dict[str, Any]:
+        """What every kernel of this file is told."""
+        count, rows, columns = self.shape
+        dummy = self.rows.table
+        row_matrices, column_matrices = self.row_matrices, self.column_matrices
+        return {
+            "row_table_ptr": self.rows.table,
+            "column_table_ptr": self.columns.table,
+            "row_matrices_ptr": dummy if row_matrices is None else row_matrices,
+            "column_matrices_ptr": dummy if column_matrices is None else column_matrices,
+            "row_numel": 0 if row_matrices is None else row_matrices.shape[-1],
+            "column_numel": 0 if column_matrices is None else column_matrices.shape[-1],
+            "row_tiles": len(self.rows),
+            "column_tiles": len(self.columns),
+            "row_lead": self.rows.lead,
+            "column_lead": self.columns.lead,
+            "columns": columns,
+            "size": rows * columns,
+            "volume": count * rows * columns,
+            "HEIGHT": self.rows.width,
+            "WIDTH": self.columns.width,
+            "EVEN": self.columns.even,
+            "ROWS": row_matrices is not None,
+            "COLUMNS": column_matrices is not None,
+        }
+
+
+@triton.jit
+def _find_tile(row_table_ptr, column_table_ptr, row_tiles, column_tiles, columns, HEIGHT: tl.constexpr,
+               WIDTH: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """Tensor and tiles of this program, where its elements lie in the tensor, and which exist."""
+    program = tl.program_id(0)
+    tensor = (program // (row_tiles * column_tiles)).to(tl.int64)
+    row_tile = program // column_tiles % row_tiles
+    column_tile = program % column_tiles
+    own_rows, in_rows = coordinates(row_table_ptr, row_tile, HEIGHT, False)
+    own_columns, in_columns = coordinates(column_table_ptr, column_tile, WIDTH, EVEN)
+    offsets = own_rows[:, None] * columns + own_columns[None, :]
+    return tensor, row_tile, column_tile, offsets, in_rows[:, None] & in_columns[None, :]
+
+
+@triton.jit
+def _is_final(row_table_ptr, column_table_ptr, row_tile, column_tile, row_lead, column_lead, HEIGHT: tl.constexpr,
+              WIDTH: tl.constexpr):  # fmt: skip
+    in_row = goes_on(row_table_ptr, row_tile, row_lead, HEIGHT)
+    in_column = goes_on(column_table_ptr, column_tile, column_lead, WIDTH)
+    return (in_row[:, None] | in_column[None, :]) == 0
+
+
+@triton.jit
+def _turn(x, row_matrix, column_matrix, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    if ROWS:
+        x = tl.dot(row_matrix, x, input_precision=PRECISION)
+    if COLUMNS:
+        x = tl.dot(x, column_matrix, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def _find_operand(addresses_ptr, tensor, OPERAND: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to a tensor's gradient (0) or parameter (1)."""
+    pointer = tl.load(addresses_ptr + tensor * 4 + OPERAND).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _innovation(addresses_ptr, constants_ptr, mean, tensor, offsets, mask, GRAD: tl.constexpr, PARAM: tl.constexpr,
+                ALIGNED: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr):  # fmt: skip
+    """``y`` of a tile."""
+    grad_ptr = _find_operand(addresses_ptr, tensor, 0, GRAD, ALIGNED)
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if MAXIMIZE:
+        grad = -grad
+    if DECAY:
+        param = tl.load(_find_operand(addresses_ptr, tensor, 1, PARAM, ALIGNED) + offsets, mask=mask, other=0.0)
+        grad += tl.load(constants_ptr) * param.to(tl.float32)
+    return grad - mean
+
+
+@triton.jit
+def _average(average_ptr, offsets, product, weight, mask):
+    """``average <- average + weight (product - average)``; returns it, 0 where the mask is."""
+    average = tl.load(average_ptr + offsets, mask=mask, other=0.0)
+    average += weight * (product - average)
+    tl.store(average_ptr + offsets, average, mask=mask)
+    return tl.where(mask, average, 0.0)
+
+
+@triton.jit
+def _average_pairs(disp_sq_ptr, cross_ptr, offsets, u, w, weight, mask, partial_ptr, ADD: tl.constexpr):
+    """B and C of a tile; their sums are written for the program, or added to those of its first launch."""
+    disp_sq = tl.sum(tl.sum(_average(disp_sq_ptr, offsets, w * w, weight, mask), axis=1), axis=0)
+    cross = tl.sum(tl.sum(tl.abs(_average(cross_ptr, offsets, u * w, weight, mask)), axis=1), axis=0)
+    partial_ptr += tl.program_id(0).to(tl.int64) * 2
+    if ADD:
+        disp_sq += tl.load(partial_ptr)
+        cross += tl.load(partial_ptr + 1)
+    tl.store(partial_ptr, disp_sq)
+    tl.store(partial_ptr + 1, cross)
+
+
 @triton.jit
 def _at_least(x, bound):
-    """``torch.clamp_min``: unlike ``tl.maximum`` it keeps NaN, and so on every version of Triton."""
+    """``torch.clamp_min``: unlike ``tl.maximum`` it keeps NaN on every version of Triton."""
     return tl.where(x < bound, bound, x)
 
 
 @triton.jit
-def _at_most(x, bound):
-    """``torch.clamp_max``, which keeps NaN."""
-    return tl.where(x > bound, bound, x)
-
-
-@triton.jit
-def _moments_block(grad_ptr, mean_ptr, sq_ptr, disp_ptr, disp_sq_ptr, cross_ptr, scalars_ptr, partial_ptr, offsets,
-                   mask, SECANT: tl.constexpr):  # fmt: skip
-    """``moments_`` of one block; ``partial_ptr`` receives its sums of B and |C|."""
-    usable = is_usable(scalars_ptr, offsets.shape[0])
-    weight = tl.load(scalars_ptr + 1)
-    mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
-    grad_sq = tl.load(sq_ptr + offsets, mask=mask, other=0.0)
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-    u = tl.where(usable, _at_most(_at_least(grad, -_LARGEST), _LARGEST) - mean, 0.0)
-    tl.store(grad_ptr + offsets, u, mask=mask)
-    tl.store(mean_ptr + offsets, mean + u * tl.load(scalars_ptr), mask=mask & usable)
-    tl.store(sq_ptr + offsets, grad_sq * (1.0 - weight) + weight * u * u, mask=mask & usable)
-    if SECANT:
-        weight = tl.load(scalars_ptr + 2)
-        w = tl.load(disp_ptr + offsets, mask=mask, other=0.0)
-        disp_sq = tl.load(disp_sq_ptr + offsets, mask=mask, other=0.0)
-        cross = tl.load(cross_ptr + offsets, mask=mask, other=0.0)
-        disp_sq = tl.where(usable, disp_sq * (1.0 - weight) + weight * w * w, disp_sq)
-        cross = tl.where(usable, cross * (1.0 - weight) + weight * u * w, cross)
-        tl.store(disp_sq_ptr + offsets, disp_sq, mask=mask & usable)
-        tl.store(cross_ptr + offsets, cross, mask=mask & usable)
-        tl.store(partial_ptr, tl.sum(disp_sq, axis=0))
-        tl.store(partial_ptr + 1, tl.sum(tl.abs(cross), axis=0))
-
-
-@triton.jit
-def _energy(grad_sq, disp_sq, cross, sum_disp_sq, sum_cross, size, step, newest):
-    """``V`` of ``diagonal.regress``, in its order; ``newest`` is ``1 - beta2``."""
-    tau2 = sum_disp_sq / size
-    moved = (tau2 > _LEAST_TAU2) & (step > _SETTLED)
+def _regressed(energy, disp_sq_ptr, cross_ptr, sums_ptr, tensor, offsets, mask, size, step, newest,
+               MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr):  # fmt: skip
+    """``V`` of ``diagonal.regress``, in its order."""
+    tau2 = tl.load(sums_ptr + tensor * 2) / size
+    moved = (tau2 > _LEAST_TAU2) & (step > MIN_STEPS)
     inverse = tl.where(moved, 1.0 / tl.sqrt_rn(tl.where(moved, tau2, 1.0)), 0.0)
-    b = disp_sq * (inverse * inverse)
-    c = cross * inverse
-    mean_slope = sum_cross * inverse / size
-    spread = _at_least(grad_sq - c * c / (b + 1e-12), 0.0)
+    b = tl.load(disp_sq_ptr + offsets, mask=mask, other=0.0) * (inverse * inverse)
+    c = tl.load(cross_ptr + offsets, mask=mask, other=0.0) * inverse
+    mean_slope = tl.load(sums_ptr + tensor * 2 + 1) * inverse / size
+    residual = _at_least(energy - c * c / (b + 1 / MAX_RIDGE), 0.0)
     inverse_slope = 1.0 / _at_least(mean_slope, _ROOT_TINY)
-    ridge = _at_most(spread * inverse_slope * (inverse_slope * newest), 1e12) + 1e-6
+    ridge = residual * inverse_slope * (inverse_slope * newest)
+    ridge = tl.where(ridge > MAX_RIDGE, MAX_RIDGE, ridge) + ROUNDING
     slope = (c + ridge * mean_slope) / (b + ridge)
-    noise = _at_least(grad_sq - slope * (2.0 * c - slope * b), 0.0)
+    noise = _at_least(energy + slope * (slope * b - 2.0 * c), 0.0)
     return noise + slope * slope
 
 
 @triton.jit
-def _direction_block(out_ptr, mean_ptr, sq_ptr, disp_sq_ptr, cross_ptr, disp_ptr, sums_ptr, scalars_ptr, size, newest,
-                     eps, max_update, offsets, mask, SECANT: tl.constexpr, ADVANCE: tl.constexpr):  # fmt: skip
-    """``direction_`` of one block."""
-    usable = is_usable(scalars_ptr, offsets.shape[0])
-    mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
-    energy = tl.load(sq_ptr + offsets, mask=mask, other=0.0)
-    if SECANT:
-        disp_sq = tl.load(disp_sq_ptr + offsets, mask=mask, other=0.0)
-        cross = tl.load(cross_ptr + offsets, mask=mask, other=0.0)
-        step = tl.load(scalars_ptr + 3)
-        energy = _energy(energy, disp_sq, cross, tl.load(sums_ptr), tl.load(sums_ptr + 1), size, step, newest)
+def _direction(m, energy, floor):
     # sqrt_rn: tl.sqrt takes subnormal energies for zero.
-    scale = tl.sqrt_rn(energy) + eps
-    out = _at_most(_at_least(mean / scale, -max_update), max_update) * -tl.load(scalars_ptr + 4)
-    out = tl.where(usable, out, 0.0)
-    tl.store(out_ptr + offsets, out, mask=mask)
-    if ADVANCE:
-        displacement = tl.load(disp_ptr + offsets, mask=mask, other=0.0)
-        advanced = displacement * (1.0 - tl.load(scalars_ptr)) + out
-        tl.store(disp_ptr + offsets, advanced, mask=mask & usable)
+    return m / (tl.sqrt_rn(energy + m * m) + floor)
 
 
 @triton.jit
-def _moments_kernel(rows_ptr, owners_ptr, scalars_ptr, partial_ptr, SECANT: tl.constexpr, ALIGNED: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
-    _, row_ptr, scalars_ptr, size, start = find_tensor(rows_ptr, owners_ptr, scalars_ptr, 6 if SECANT else 3, BLOCK)
-    grad_ptr = find_operand(row_ptr, 0, ALIGNED, tl.float32)
-    mean_ptr = find_operand(row_ptr, 1, ALIGNED, tl.float32)
-    sq_ptr = find_operand(row_ptr, 2, ALIGNED, tl.float32)
-    disp_ptr = find_operand(row_ptr, 3 if SECANT else 0, ALIGNED, tl.float32)
-    disp_sq_ptr = find_operand(row_ptr, 4 if SECANT else 0, ALIGNED, tl.float32)
-    cross_ptr = find_operand(row_ptr, 5 if SECANT else 0, ALIGNED, tl.float32)
-    sums_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * 2
-    offsets = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= size:
-        _moments_block(grad_ptr, mean_ptr, sq_ptr, disp_ptr, disp_sq_ptr, cross_ptr, scalars_ptr, sums_ptr,
-                       offsets, every_element(BLOCK), SECANT)  # fmt: skip
-    else:
-        _moments_block(grad_ptr, mean_ptr, sq_ptr, disp_ptr, disp_sq_ptr, cross_ptr, scalars_ptr, sums_ptr,
-                       offsets, offsets < size, SECANT)  # fmt: skip
+def _innovation_kernel(addresses_ptr, numbers_ptr, constants_ptr, mean_ptr, out_ptr, size, blocks, GRAD: tl.constexpr,
+                       PARAM: tl.constexpr, ALIGNED: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
+                       BLOCK: tl.constexpr):  # fmt: skip
+    program = tl.program_id(0)
+    tensor = (program // blocks).to(tl.int64)
+    offsets = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    usable = tl.zeros((BLOCK,), tl.float32) + tl.load(numbers_ptr + tensor * _N + 5) != 0
+    mean = tl.load(mean_ptr + tensor * size + offsets, mask=mask, other=0.0)
+    y = _innovation(addresses_ptr, constants_ptr, mean, tensor, offsets, mask, GRAD, PARAM, ALIGNED, MAXIMIZE, DECAY)
+    tl.store(out_ptr + tensor * size + offsets, tl.where(usable, y, 0.0), mask=mask)
 
 
 @triton.jit
-def _direction_kernel(rows_ptr, owners_ptr, scalars_ptr, sums_ptr, newest, eps, max_update, SECANT: tl.constexpr,
-                      ADVANCE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    OPERANDS: tl.constexpr = (6 if ADVANCE else 5) if SECANT else 3
-    tensor, row_ptr, scalars_ptr, size, start = find_tensor(rows_ptr, owners_ptr, scalars_ptr, OPERANDS, BLOCK)
-    out_ptr = find_operand(row_ptr, 0, ALIGNED, tl.float32)
-    mean_ptr = find_operand(row_ptr, 1, ALIGNED, tl.float32)
-    sq_ptr = find_operand(row_ptr, 2, ALIGNED, tl.float32)
-    disp_sq_ptr = find_operand(row_ptr, 3 if SECANT else 0, ALIGNED, tl.float32)
-    cross_ptr = find_operand(row_ptr, 4 if SECANT else 0, ALIGNED, tl.float32)
-    disp_ptr = find_operand(row_ptr, 5 if ADVANCE else 0, ALIGNED, tl.float32)
+def _forth_kernel(addresses_ptr, numbers_ptr, constants_ptr, mean_ptr, square_ptr, param_avg_ptr, disp_sq_ptr,
+                  cross_ptr, values_ptr, flags_ptr, partial_ptr, row_table_ptr, column_table_ptr, row_matrices_ptr,
+                  column_matrices_ptr, row_numel, column_numel, row_tiles, column_tiles, row_lead, column_lead, columns,
+                  size, volume, SECANT: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, GRAD: tl.constexpr,
+                  PARAM: tl.constexpr, ALIGNED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                  EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    tensor, row_tile, column_tile, offsets, mask = _find_tile(
+        row_table_ptr, column_table_ptr, row_tiles, column_tiles, columns, HEIGHT, WIDTH, EVEN
+    )
+    numbers_ptr += tensor * _N
+    if tl.load(numbers_ptr + 5) == 0:
+        return
+    own = tensor * size + offsets
+    weight = tl.load(numbers_ptr)
+    mean = tl.load(mean_ptr + own, mask=mask, other=0.0)
+    y = _innovation(addresses_ptr, constants_ptr, mean, tensor, offsets, mask, GRAD, PARAM, ALIGNED, MAXIMIZE, DECAY)
+    mean += weight * y
+    tl.store(mean_ptr + own, mean, mask=mask)
+    zeros = tl.max(tl.max(tl.where(mask & (mean == 0), 1, 0), axis=1), axis=0)
+    tl.store(flags_ptr + tl.program_id(0), zeros)
+    row_matrix = 0.0
+    column_matrix = 0.0
+    if ROWS:
+        row_matrix = tl.trans(block_matrix(row_matrices_ptr + tensor * row_numel, row_table_ptr, row_tile, HEIGHT))
+    if COLUMNS:
+        column_matrix = block_matrix(column_matrices_ptr + tensor * column_numel, column_table_ptr, column_tile, WIDTH)
+    final = _is_final(row_table_ptr, column_table_ptr, row_tile, column_tile, row_lead, column_lead, HEIGHT, WIDTH)
+    final = final & mask
+    others = (final == 0) & mask
+    u = _turn(y, row_matrix, column_matrix, ROWS, COLUMNS)
+    m = _turn(mean, row_matrix, column_matrix, ROWS, COLUMNS)
+    tl.store(values_ptr + own, u, mask=others)
+    energy = _average(square_ptr, own, u * u, tl.load(numbers_ptr + 1), final)
     if SECANT:
-        sums_ptr += tensor * 2
-    offsets = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= size:
-        _direction_block(out_ptr, mean_ptr, sq_ptr, disp_sq_ptr, cross_ptr, disp_ptr, sums_ptr, scalars_ptr, size,
-                         newest, eps, max_update, offsets, every_element(BLOCK), SECANT, ADVANCE)  # fmt: skip
+        param = tl.load(_find_operand(addresses_ptr, tensor, 1, PARAM, ALIGNED) + offsets, mask=mask, other=0.0)
+        param_avg = tl.load(param_avg_ptr + own, mask=mask, other=0.0)
+        s = param.to(tl.float32) - param_avg
+        tl.store(param_avg_ptr + own, param_avg + weight * s, mask=mask)
+        w = _turn(s, row_matrix, column_matrix, ROWS, COLUMNS)
+        tl.store(values_ptr + 2 * volume + own, w, mask=others)
+        _average_pairs(disp_sq_ptr, cross_ptr, own, u, w, tl.load(numbers_ptr + 2), final, partial_ptr, False)
     else:
-        _direction_block(out_ptr, mean_ptr, sq_ptr, disp_sq_ptr, cross_ptr, disp_ptr, sums_ptr, scalars_ptr, size,
-                         newest, eps, max_update, offsets, offsets < size, SECANT, ADVANCE)  # fmt: skip
+        m = tl.where(final, _direction(m, energy, tl.load(numbers_ptr + 7)), m)
+    tl.store(values_ptr + volume + own, m, mask=mask)
 
 
 @triton.jit
-def _sum_partials_kernel(rows_ptr, partial_ptr, sums_ptr, OPERANDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds the partial sums of each tensor's programs; one program a tensor."""
+def _rest_kernel(numbers_ptr, constants_ptr, square_ptr, disp_sq_ptr, cross_ptr, values_ptr, partial_ptr, sums_ptr,
+                 row_table_ptr, column_table_ptr, row_matrices_ptr, column_matrices_ptr, row_numel, column_numel,
+                 row_tiles, column_tiles, row_lead, column_lead, columns, size, volume, AVERAGE: tl.constexpr,
+                 DIRECT: tl.constexpr, SECANT: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr,
+                 ROUNDING: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Averages and direction of the coordinates that later stages turn."""
+    tensor, row_tile, column_tile, offsets, mask = _find_tile(
+        row_table_ptr, column_table_ptr, row_tiles, column_tiles, columns, HEIGHT, WIDTH, EVEN
+    )
+    numbers_ptr += tensor * _N
+    if tl.load(numbers_ptr + 5) == 0:
+        return
+    final = _is_final(row_table_ptr, column_table_ptr, row_tile, column_tile, row_lead, column_lead, HEIGHT, WIDTH)
+    mask = mask & (final == 0)
+    own = tensor * size + offsets
+    if AVERAGE:
+        u = tl.load(values_ptr + own, mask=mask, other=0.0)
+        energy = _average(square_ptr, own, u * u, tl.load(numbers_ptr + 1), mask)
+        if SECANT:
+            w = tl.load(values_ptr + 2 * volume + own, mask=mask, other=0.0)
+            _average_pairs(disp_sq_ptr, cross_ptr, own, u, w, tl.load(numbers_ptr + 2), mask, partial_ptr, True)
+    else:
+        energy = tl.load(square_ptr + own, mask=mask, other=0.0)
+    if DIRECT:
+        if SECANT:
+            energy = _regressed(energy, disp_sq_ptr, cross_ptr, sums_ptr, tensor, own, mask, size * 1.0,
+                                tl.load(numbers_ptr + 3), tl.load(constants_ptr + 1), MIN_STEPS, MAX_RIDGE,
+                                ROUNDING)  # fmt: skip
+        values_ptr += volume
+        m = tl.load(values_ptr + own, mask=mask, other=0.0)
+        tl.store(values_ptr + own, _direction(m, energy, tl.load(numbers_ptr + 7)), mask=mask)
+
+
+@triton.jit
+def _sums_kernel(partial_ptr, sums_ptr, programs, BLOCK: tl.constexpr):
+    """Adds the sums of a tensor's programs."""
     tensor = tl.program_id(0).to(tl.int64)
-    row_ptr = rows_ptr + tensor * (3 + OPERANDS)
-    first = tl.load(row_ptr + 1)
-    last = first + tl.cdiv(tl.load(row_ptr), BLOCK)
     lanes = tl.arange(0, BLOCK)
     disp_sq = tl.zeros((BLOCK,), tl.float32)
     cross = tl.zeros((BLOCK,), tl.float32)
-    for start in range(first, last, BLOCK):
+    for start in range(0, programs, BLOCK):
         rows = start + lanes
-        disp_sq += tl.load(partial_ptr + rows * 2, mask=rows < last, other=0.0)
-        cross += tl.load(partial_ptr + rows * 2 + 1, mask=rows < last, other=0.0)
+        own_ptr = partial_ptr + (tensor * programs + rows) * 2
+        disp_sq += tl.load(own_ptr, mask=rows < programs, other=0.0)
+        cross += tl.load(own_ptr + 1, mask=rows < programs, other=0.0)
     tl.store(sums_ptr + tensor * 2, tl.sum(disp_sq, axis=0))
     tl.store(sums_ptr + tensor * 2 + 1, tl.sum(cross, axis=0))
 
 
-def moments_table(
-    grads: Sequence[Tensor],
-    mean_grads: Sequence[Tensor],
-    grad_sqs: Sequence[Tensor],
-    *,
-    displacements: Sequence[Tensor] | None = None,
-    disp_sqs: Sequence[Tensor] | None = None,
-    crosses: Sequence[Tensor] | None = None,
-) -> TensorTable:
-    """The table of ``moments_``: for every tensor of a list what a step averages.
+@triton.jit
+def _mix(bits):
+    """``butterfly_opt.rounding._mix``, in uint32."""
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return bits ^ (bits >> 16)
 
-    Args:
-        grads: ``G``, the rotated gradients; overwritten with the innovations ``u``.
-        mean_grads: ``gbar``, updated.
-        grad_sqs: ``A``, updated.
-        displacements: ``s``, read; with ``disp_sqs`` and ``crosses``, all three or none.
-        disp_sqs: ``B``, updated.
-        crosses: ``C``, updated.
 
-    Raises:
-        TypeError: if a tensor is not float32.
-        ValueError: if a list is empty or of another length, only some of the secant lists are given, shapes
-            or devices differ, a tensor is not contiguous, the kernels cannot run on the device, or for CUDA
-            tensors under Triton's interpreter, which sees copies of them.
+@triton.jit
+def _round(x, addresses_ptr, tensor, offsets, step, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """``x`` in ``DTYPE``: to nearest, ties to even, or as ``butterfly_opt.rounding.round_stochastically``."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300 - a capital is no constant here
+        # The interpreter's own cast to bfloat16 truncates, so both roundings are spelled out.
+        bits = x.to(tl.uint32, bitcast=True)
+        above = 0x7FFF + ((bits >> 16) & 1)
+        if STOCHASTIC:
+            key = _mix(tl.load(addresses_ptr + tensor * 4 + 2).to(tl.uint32))
+            place = (tl.load(addresses_ptr + tensor * 4 + 3) + offsets).to(tl.uint32)
+            above = _mix(_mix(place ^ key) ^ (step.to(tl.int64).to(tl.uint32) * 0x9E3779B1)) & 0xFFFF
+        rounded = ((bits + above) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < float("inf"), rounded, x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _back_kernel(addresses_ptr, numbers_ptr, constants_ptr, mean_ptr, square_ptr, disp_sq_ptr, cross_ptr, values_ptr,
+                 flags_ptr, sums_ptr, row_table_ptr, column_table_ptr, row_matrices_ptr, column_matrices_ptr, row_numel,
+                 column_numel, row_tiles, column_tiles, row_lead, column_lead, columns, size, volume,
+                 SECANT: tl.constexpr, WRITE: tl.constexpr, STOCHASTIC: tl.constexpr, PARAM: tl.constexpr,
+                 ALIGNED: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
+                 HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr):  # fmt: skip
+    tensor, row_tile, column_tile, offsets, mask = _find_tile(
+        row_table_ptr, column_table_ptr, row_tiles, column_tiles, columns, HEIGHT, WIDTH, EVEN
+    )
+    numbers_ptr += tensor * _N
+    own = tensor * size + offsets
+    if tl.load(numbers_ptr + 5) == 0:
+        if not WRITE:
+            tl.store(values_ptr + own, tl.zeros((HEIGHT, WIDTH), tl.float32), mask=mask)
+        return
+    d = tl.load(values_ptr + volume + own, mask=mask, other=0.0)
+    step = tl.load(numbers_ptr + 3)
+    if SECANT:
+        final = _is_final(row_table_ptr, column_table_ptr, row_tile, column_tile, row_lead, column_lead, HEIGHT, WIDTH)
+        final = final & mask
+        energy = tl.load(square_ptr + own, mask=final, other=0.0)
+        energy = _regressed(energy, disp_sq_ptr, cross_ptr, sums_ptr, tensor, own, final, size * 1.0, step,
+                            tl.load(constants_ptr + 1), MIN_STEPS, MAX_RIDGE, ROUNDING)  # fmt: skip
+        d = tl.where(final, _direction(d, energy, tl.load(numbers_ptr + 7)), d)
+    row_matrix = 0.0
+    column_matrix = 0.0
+    if ROWS:
+        row_matrix = block_matrix(row_matrices_ptr + tensor * row_numel, row_table_ptr, row_tile, HEIGHT)
+    if COLUMNS:
+        column_matrix = block_matrix(column_matrices_ptr + tensor * column_numel, column_table_ptr, column_tile, WIDTH)
+        column_matrix = tl.trans(column_matrix)
+    change = -tl.load(numbers_ptr + 4) * _turn(d, row_matrix, column_matrix, ROWS, COLUMNS)
+    # gbar is read where the way forth met a zero: spread, since a mask is no single truth value.
+    flagged = tl.zeros((HEIGHT, WIDTH), tl.int32) + tl.load(flags_ptr + tl.program_id(0)) != 0
+    change = tl.where(tl.load(mean_ptr + own, mask=mask & flagged, other=1.0) == 0, 0.0, change)
+    if WRITE:
+        param_ptr = _find_operand(addresses_ptr, tensor, 1, PARAM, ALIGNED) + offsets
+        after = tl.load(param_ptr, mask=mask, other=0.0).to(tl.float32) * tl.load(numbers_ptr + 6) + change
+        tl.store(param_ptr, _round(after, addresses_ptr, tensor, offsets, step, PARAM, STOCHASTIC), mask=mask)
+    else:
+        tl.store(values_ptr + own, change, mask=mask)
+
+
+class Operands(NamedTuple):
+    """What one step of tensors of one shape reads and writes.
+
+    Attributes:
+        geometry: their shape and leaves.
+        averages: state by name, ``exp_avg, exp_avg_sq`` and with secant ``param_avg, disp_sq, cross``.
+        addresses: int64 ``(count, 4)``, of ``tiles.address_table``.
+        numbers: ``(count, 8)``, see NUMBERS.
+        constants: ``(3,)``, see CONSTANTS.
+        values: ``(2 or 3, count, rows, columns)``, scratch.
+        flags: int32, one a program, scratch.
+        sums: ``(programs, 2)``, scratch.
+        dtypes: of gradients and parameters.
+        aligned: every address is a multiple of 16.
+        maximize: gradients count with the opposite sign.
+        decays: whether L2 decay is added to the gradient.
+        regression: MIN_STEPS, MAX_RIDGE and ROUNDING of ``butterfly_opt.diagonal``.
     """
-    secant = given_lists(displacements=displacements, disp_sqs=disp_sqs, crosses=crosses)
-    lists = [("grads", grads), ("mean_grads", mean_grads), ("grad_sqs", grad_sqs), *secant]
-    check_lists(lists, [STATE_DTYPES] * len(lists), _TORCH_MOMENTS)
-    return build_table("moments", [tensors for _, tensors in lists])
+
+    geometry: Geometry
+    averages: dict[str, Tensor]
+    addresses: Tensor
+    numbers: Tensor
+    constants: Tensor
+    values: Tensor
+    flags: Tensor
+    sums: Tensor
+    dtypes: tuple[torch.dtype, torch.dtype]
+    aligned: bool
+    maximize: bool
+    decays: bool
+    regression: tuple[float, float, float]
+
+    @property
+    def secant(self) -> bool:
+        """Whether pairs are averaged."""
+        return "cross" in self.averages
+
+    def check(self) -> None:
+        """Checks what the kernels rely on.
+
+        Raises:
+            TypeError: if state is not float32, or parameters and gradients of a dtype that is not in DTYPES.
+            ValueError: if a shape, a device or the contiguity is wrong, or no kernel can run there.
+        """
+        count, rows, columns = shape = self.geometry.shape
+        for name, dtype in zip(("gradients", "parameters"), self.dtypes, strict=True):
+            if dtype not in DTYPES:
+                raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {dtype}; use {_TORCH_STEP}")
+        named: dict[str, tuple[Tensor, tuple[int, ...]]] = {name: (x, shape) for name, x in self.averages.items()}
+        named["numbers"] = (self.numbers, (count, len(NUMBERS)))
+        named["constants"] = (self.constants, (len(CONSTANTS),))
+        named["values"] = (self.values, (3 if self.secant else 2, count, rows, columns))
+        named["sums"] = (self.sums, (self.geometry.programs, 2))
+        tiles.check(_TORCH_STEP, self.values.device, **named)
+
+    def of_gradients(self) -> dict[str, Any]:
+        """How gradients are read."""
+        grad, param = (DTYPES[dtype] for dtype in self.dtypes)
+        flags = {"MAXIMIZE": self.maximize, "DECAY": self.decays, "ALIGNED": self.aligned}
+        return {"GRAD": grad, "PARAM": param, **flags}
+
+    def of_regression(self) -> dict[str, Any]:
+        """The numbers of the regression."""
+        names = ("MIN_STEPS", "MAX_RIDGE", "ROUNDING")
+        return {"SECANT": self.secant, **dict(zip(names, self.regression, strict=True))}
+
+    def of_pairs(self) -> tuple[Tensor, Tensor]:
+        """B and C, or what stands in their place."""
+        return self.averages.get("disp_sq", self.values), self.averages.get("cross", self.values)
 
 
-def moments_(table: TensorTable, scalars: Tensor) -> Tensor | None:
-    """Averages of one step of every tensor of a table, in place, in one launch (two for secant).
+def innovations(operands: Operands) -> Tensor:
+    """``y = g - gbar``, 0 where a tensor is not usable, ``(count, rows, columns)``; nothing else changes.
 
-    Equals the averages of ``butterfly_opt.batch.take_averages``.
+    Equals the first lines of ``butterfly_opt.step.take_step_``; for steps that fit the basis. Raises as
+    ``Operands.check``.
+    """
+    operands.check()
+    mean = operands.averages["exp_avg"]
+    out, size = torch.empty_like(mean), mean[0].numel()
+    blocks = -(-size // tiles.VECTOR_WIDTH)
+    with tiles.on_device(out.device):
+        _innovation_kernel[(len(out) * blocks,)](
+            operands.addresses, operands.numbers, operands.constants, mean, out, size, blocks,
+            BLOCK=tiles.VECTOR_WIDTH, **operands.of_gradients(),
+        )  # fmt: skip
+    return out
 
-    Args:
-        table: made by ``moments_table``.
-        scalars: float32 ``(tensors, 6)``, see ``table.SCALARS``.
+
+def forth_(operands: Operands) -> None:
+    """Averages of gradients and parameters, and their changes rotated by the leaves; raises as ``Operands.check``.
+
+    Equals ``butterfly_opt.step.take_step_`` up to ``to_rotated``, restricted to the leaves.
+    """
+    operands.check()
+    averages = operands.averages
+    with tiles.on_device(operands.values.device):
+        _forth_kernel[(operands.geometry.programs,)](
+            operands.addresses, operands.numbers, operands.constants, averages["exp_avg"], averages["exp_avg_sq"],
+            averages.get("param_avg", operands.values), *operands.of_pairs(), operands.values, operands.flags,
+            operands.sums, SECANT=operands.secant, num_warps=_warps(operands.geometry), **operands.of_gradients(),
+            **operands.geometry.arguments(),
+        )  # fmt: skip
+
+
+def take_rest_(operands: Operands) -> Tensor:
+    """Averages and directions of what later stages turned; raises as ``Operands.check``.
+
+    Equals the averages of ``butterfly_opt.step.take_step_`` and its ``scale``.
 
     Returns:
-        For secant ``(sum B, sum |C|)`` of every tensor, float32 ``(tensors, 2)``, for ``direction_``; None for
-        innovation.
-
-    Raises:
-        TypeError: if ``scalars`` is not float32.
-        ValueError: if the table is for another launch, or shape, device or contiguity of ``scalars`` is wrong.
+        With secant the sums of B and |C| of each tensor, ``(count, 2)``, which ``back_`` needs.
     """
-    check_launch(table, "moments", scalars, _TORCH_MOMENTS)
-    count, programs = len(table.operands[0]), len(table.owners)
-    secant = len(table.operands) == 6
-    partial = scalars.new_empty((programs, 2)) if secant else scalars
-    sums = scalars.new_empty((count, 2)) if secant else None
-    with launch.on_device(table.rows):
-        if programs:
-            _moments_kernel[(programs,)](
-                table.rows, table.owners, scalars, partial, SECANT=secant, ALIGNED=table.aligned, BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )  # fmt: skip
-        if secant:
-            _sum_partials_kernel[(count,)](table.rows, partial, sums, OPERANDS=6, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    operands.check()
+    count, secant = operands.geometry.shape[0], operands.secant
+    sums = operands.sums.new_empty(count, 2) if secant else operands.sums
+    passes = [(True, False), (False, True)] if secant else [(True, True)]
+    with tiles.on_device(operands.values.device):
+        for average, direct in passes:
+            if secant and direct:
+                _sums_kernel[(count,)](operands.sums, sums, operands.geometry.programs // count, BLOCK=1024)
+            if operands.geometry.has_rest:
+                _rest_kernel[(operands.geometry.programs,)](
+                    operands.numbers, operands.constants, operands.averages["exp_avg_sq"], *operands.of_pairs(),
+                    operands.values, operands.sums, sums, AVERAGE=average, DIRECT=direct,
+                    num_warps=_warps(operands.geometry), **operands.of_regression(), **operands.geometry.arguments(),
+                )  # fmt: skip
     return sums
 
 
-def direction_table(
-    outs: Sequence[Tensor],
-    mean_grads: Sequence[Tensor],
-    grad_sqs: Sequence[Tensor],
-    *,
-    disp_sqs: Sequence[Tensor] | None = None,
-    crosses: Sequence[Tensor] | None = None,
-    displacements: Sequence[Tensor] | None = None,
-) -> TensorTable:
-    """The table of ``direction_``: for every tensor of a list what an update is made of.
+def back_(operands: Operands, sums: Tensor, *, stochastic: bool, write: bool) -> None:
+    """The direction rotated back by the leaves, and written; equals the end of ``butterfly_opt.step.take_step_``.
 
     Args:
-        outs: receive the updates, to be rotated back and added to the parameters.
-        mean_grads: ``gbar``.
-        grad_sqs: ``A``; ``V = A`` unless the secant lists are given.
-        disp_sqs: ``B``; with ``crosses``.
-        crosses: ``C``.
-        displacements: ``s``, advanced by the update as ``pairs.advance_displacement_`` does. Leave them out
-            where the parameters will change by something else (``written`` of ``write_``, rotated).
+        operands: of the step.
+        sums: of ``take_rest_``.
+        stochastic: round bfloat16 parameters at random.
+        write: change the parameters; else ``values[0]`` receives the change, 0 for tensors that are not usable.
 
     Raises:
-        TypeError: if a tensor is not float32.
-        ValueError: as ``moments_table``, or for ``displacements`` without the secant lists.
+        TypeError: as ``Operands.check``.
+        ValueError: as ``Operands.check``.
     """
-    secant = given_lists(disp_sqs=disp_sqs, crosses=crosses)
-    if displacements is not None and not secant:
-        raise ValueError("displacements need disp_sqs and crosses too, got None")
-    advanced = [("displacements", displacements)] if displacements is not None else []
-    lists = [("outs", outs), ("mean_grads", mean_grads), ("grad_sqs", grad_sqs), *secant, *advanced]
-    check_lists(lists, [STATE_DTYPES] * len(lists), _TORCH_DIRECTION)
-    return build_table("direction", [tensors for _, tensors in lists])
+    operands.check()
+    param = DTYPES[operands.dtypes[1]]
+    with tiles.on_device(operands.values.device):
+        _back_kernel[(operands.geometry.programs,)](
+            operands.addresses, operands.numbers, operands.constants, operands.averages["exp_avg"],
+            operands.averages["exp_avg_sq"], *operands.of_pairs(), operands.values, operands.flags, sums, WRITE=write,
+            STOCHASTIC=stochastic, PARAM=param, ALIGNED=operands.aligned, num_warps=_warps(operands.geometry),
+            **operands.of_regression(), **operands.geometry.arguments(),
+        )  # fmt: skip
 
 
-def direction_(
-    table: TensorTable,
-    scalars: Tensor,
-    *,
-    eps: float,
-    max_update: float,
-    beta2: float | None = None,
-    sums: Tensor | None = None,
-) -> None:
-    """The rotated update of every tensor of a table, and its next displacement, in one launch.
-
-    Equals the update of ``butterfly_opt.batch.take_averages``.
-
-    Args:
-        table: made by ``direction_table``.
-        scalars: float32 ``(tensors, 6)``, see ``table.SCALARS``.
-        eps: added to ``sqrt(V)``.
-        max_update: bound of the update before ``lr``.
-        beta2: decay of the averages; needed for secant.
-        sums: what ``moments_`` returned for the same tensors; for secant.
-
-    Raises:
-        TypeError: if ``scalars`` or ``sums`` is not float32.
-        ValueError: if ``eps`` is not >= 0, ``max_update`` not > 0, or ``beta2`` not in [0, 1) for secant; if the
-            table is for another launch, or ``scalars`` or ``sums`` have a wrong shape, device or contiguity;
-            if ``sums`` is given for innovation or missing for secant.
-    """
-    check_launch(table, "direction", scalars, _TORCH_DIRECTION)
-    secant, advance = len(table.operands) > 3, len(table.operands) == 6
-    if not eps >= 0.0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
-    if not max_update > 0.0:
-        raise ValueError(f"max_update must be > 0, got {max_update}")
-    if secant and (beta2 is None or not 0.0 <= beta2 < 1.0):
-        raise ValueError(f"beta2 must be in [0, 1) for secant, got {beta2}")
-    if (sums is not None) != secant:
-        raise ValueError(
-            f"sums must be given exactly for secant tables, got {'a tensor' if sums is not None else None}"
-        )
-    if sums is not None:
-        meaning = "the sums of B and |C|"
-        check_beside(table, "sums", sums, (len(table.operands[0]), 2), meaning, _TORCH_DIRECTION)
-    newest = 1.0 - beta2 if beta2 is not None else 0.0
-    if len(table.owners):
-        with launch.on_device(table.rows):
-            _direction_kernel[(len(table.owners),)](
-                table.rows, table.owners, scalars, scalars if sums is None else sums, newest, max(float(eps), _TINY),
-                float(max_update), SECANT=secant, ADVANCE=advance, ALIGNED=table.aligned, BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )  # fmt: skip
+def _warps(geometry: Geometry) -> int:
+    """Warps a program: 16 elements a lane, at most 8 warps."""
+    return 1 << max(0, min(3, (geometry.rows.width * geometry.columns.width // 512).bit_length() - 1))

@@ -1,0 +1,271 @@
+"""Tensors of equal shape that step together, and their state.
+
+The state of a tensor lies in ``optimizer.state`` under its (first) parameter, tensors and plain numbers only:
+
+    step         0-d, steps taken                     skipped      0-d, steps skipped as non-finite
+    calls        int, gradients seen: the host's clock, which sets the schedule of refits
+    exp_avg      gbar, bias corrected, in original coordinates and in the parameter's shape
+    exp_avg_sq   A, in rotated coordinates, of the same shape
+    param_avg    thetabar, the average of the parameters with the weights of gbar (secant)
+    disp_sq, cross   B and C, in rotated coordinates (secant)
+    rotation{i}, moment{i}   matrices and second moments of the i-th rotated axis (``rotation.Rotation``)
+    prev_param, prev_grad    the last step's, beside the sums of ``secant`` and ``newton`` (newton)
+    momentum_steps   0-d, steps of an Adam that ``exp_avg`` was taken over from (only then)
+
+Small tensors of one shape share one storage: their states are views of it, made when the stack is, so that a step makes
+one call for all of them and copies nothing. A state that was replaced (``load_state_dict``) is noticed by
+``is_current``.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from butterfly_opt.layout import TensorLayout
+from butterfly_opt.plan import make_plan
+from butterfly_opt.rotation import Rotation
+
+State = dict[str, Any]
+
+COUNTERS = ("step", "skipped")
+AVERAGES = {
+    "innovation": ("exp_avg", "exp_avg_sq"),
+    "secant": ("exp_avg", "exp_avg_sq", "param_avg", "disp_sq", "cross"),
+    "newton": ("prev_param", "prev_grad"),
+}
+"""What each diagonal keeps in the shape of the parameter."""
+
+MAX_STACKED = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Elements of a stack: on a CPU what stays in its second-level cache over a step, on a GPU what fills it."""
+
+OBSERVE_EVERY = 2
+"""Every second step is observed: level with every step, at half the time."""
+
+REFIT_WARMUP = 100
+"""First gradients of a tensor, in which its basis is refitted every WARMUP_EVERY steps: most of the fit happens there."""
+
+WARMUP_EVERY = 2
+"""With half of the stacks in each step (``phase``), early steps take little longer than later ones."""
+
+
+def new_state(layout: TensorLayout, options: Any) -> State:
+    """The state of a tensor before its first gradient."""
+    owner, dtype = layout.owner, layout.dtype
+    state: State = {"calls": 0}
+    state |= {name: torch.zeros((), device=owner.device) for name in COUNTERS}
+    for name in AVERAGES[options["diagonal"]]:
+        state[name] = torch.zeros(layout.state_shape, dtype=dtype, device=owner.device)
+    if "param_avg" in state:
+        # thetabar_0 = theta_1, so that the first displacement is zero.
+        state["param_avg"] = layout.gather([p.detach() for p in layout.params]).clone().view(layout.state_shape)
+    for axis, dim in enumerate(layout.rotated):
+        rotation = Rotation.identity(
+            layout.shape[dim], block=options["block"], lead=options["lead"], count=layout.shape[0], dtype=dtype,
+            device=owner.device,
+        )  # fmt: skip
+        state[f"rotation{axis}"], state[f"moment{axis}"] = rotation.matrices, rotation.moments
+    return state
+
+
+def check_state(state: State, layout: TensorLayout, options: Any) -> bool:
+    """Whether a state is one of ``new_state`` for this tensor and these options."""
+    expected = dict.fromkeys(AVERAGES[options["diagonal"]], layout.state_shape)
+    for axis, dim in enumerate(layout.rotated):
+        numel = make_plan(layout.shape[dim], options["block"], options["lead"]).numel
+        expected |= dict.fromkeys((f"rotation{axis}", f"moment{axis}"), torch.Size((layout.shape[0], numel)))
+    if options["diagonal"] == "newton":
+        return all(name in state and state[name].shape == shape for name, shape in expected.items()) and (
+            (state.get("block"), state.get("lead")) == (options["block"], options["lead"])
+        )
+    others = {*sum(AVERAGES.values(), ()), *(f"{name}{axis}" for name in ("rotation", "moment") for axis in (0, 1))}
+    fits = all(name in state and state[name].shape == shape for name, shape in expected.items())
+    return fits and not (others - expected.keys()) & state.keys()
+
+
+def move_state_(state: State, layout: TensorLayout) -> None:
+    """Follows a model that was moved to another device or dtype (bfloat16 and float32 share one state)."""
+    device, dtype = layout.owner.device, layout.dtype
+    first = next(state[name] for names in AVERAGES.values() for name in names if name in state)
+    if first.device == device and first.dtype == dtype:
+        return
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            state[key] = value.to(device, value.dtype if value.dim() == 0 else dtype)
+
+
+class Numbers(NamedTuple):
+    """The numbers of a step, each ``(count, 1, 1)`` in the dtype of the state.
+
+    Where a step is skipped all weights and the learning rate are 0, which leaves everything as it was.
+
+    Attributes:
+        mean: weight ``a`` of this gradient in ``gbar``, and of these parameters in ``thetabar``.
+        square: weight ``b`` of this innovation in ``A``.
+        pair: its weight in ``B`` and ``C``, which start one step later.
+        step: steps so far, including this one.
+        lr: learning rate.
+        floor: added to the denominator, see ``step.floor``.
+    """
+
+    mean: Tensor
+    square: Tensor
+    pair: Tensor
+    step: Tensor
+    lr: Tensor
+    floor: Tensor
+
+
+class Stack:
+    """Tensors of equal shape, dtype, device and schedule, ``(count, rows, columns)`` together.
+
+    Attributes:
+        layouts: the tensors.
+        states: their states.
+        options: options of their group.
+        averages: the averages of all, each ``(count, rows, columns)``.
+        counters: the counters, each ``(count,)``.
+        rotations: the rotated dimensions with their rotations.
+        momentum_steps: ``(count,)``, or None.
+        phase: number of the stack in its group; it shifts the schedule, so that not all refit in one step.
+        streams: random streams for rounding, one a tensor.
+        active: bool ``(tensors,)``, which of them count this step: those whose gradient is finite and, before the first
+            step, not all zero.
+        largest: ``(tensors,)``, the largest entry of each gradient.
+        numbers: the numbers of this step.
+        is_readable: whether the host may look at numbers without waiting: on a CPU, unless it pretends to be captured
+            or its tensors are fake.
+        all_usable: whether the host knows that no tensor is skipped this step.
+    """
+
+    def __init__(self, layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, phase: int) -> None:
+        self.layouts, self.states, self.options, self.phase = layouts, states, options, phase
+        self.streams = [(phase << 16) + i for i in range(len(layouts))]
+        self.numbers: Numbers
+        self.largest = torch.zeros(len(layouts), device=layouts[0].owner.device)
+        self.active = torch.ones(len(layouts), dtype=torch.bool, device=layouts[0].owner.device)
+        is_on_host = self.active.device.type == "cpu" and type(self.active) is Tensor
+        self.is_readable = is_on_host and not options["capturable"]
+        self.all_usable, self._is_settled, self._made_of = False, True, self._described()
+        _, rows, columns = self.shape = layouts[0].shape
+        names = AVERAGES[options["diagonal"]]
+        self.averages = {name: self._join(name).view(-1, rows, columns) for name in names}
+        # A counter for each tensor of a batch: they step together.
+        self.counters = {name: self._join(name) for name in COUNTERS}
+        self.rotations: list[tuple[int, Rotation]] = []
+        for axis, dim in enumerate(layouts[0].rotated):
+            plan = make_plan(self.shape[dim], options["block"], options["lead"])
+            matrices, moments = (self._join(f"{name}{axis}").view(-1, plan.numel) for name in ("rotation", "moment"))
+            self.rotations.append((dim, Rotation(plan, matrices, moments)))
+        taken_over = any("momentum_steps" in state for state in states)
+        zero = torch.zeros((), device=layouts[0].owner.device)
+        self.momentum_steps = (
+            torch.stack([state.get("momentum_steps", zero) for state in states]) if taken_over else None
+        )
+        self._views = [state[name] for state in states for name in self._names]
+
+    @property
+    def _names(self) -> list[str]:
+        axes = range(len(self.layouts[0].rotated))
+        return [*COUNTERS, *AVERAGES[self.options["diagonal"]], *(f"{n}{i}" for i in axes for n in ("rotation", "moment"))]
+
+    def _join(self, name: str) -> Tensor:
+        """A state of all tensors in one storage, ``(tensors, *shape)``; the states become views of it."""
+        own = [state[name] for state in self.states]
+        if len(own) == 1:
+            return own[0].unsqueeze(0)
+        joined = torch.stack(own)
+        for state, view in zip(self.states, joined.unbind(), strict=True):
+            state[name] = view
+        return joined
+
+    @property
+    def calls(self) -> int:
+        """Gradients seen, this one included: the host's clock."""
+        return max(int(state["calls"]) for state in self.states)
+
+    def count_calls_(self) -> None:
+        """Advances the clock of each tensor; gradients that do not count are not seen where the host can tell."""
+        seen = self.active.tolist() if self.is_readable else [True] * len(self.states)
+        # One that starts, or whose step is skipped, belongs to other tensors from now on.
+        self._is_settled = not self.is_readable or all(
+            bool(state["calls"]) == is_seen for state, is_seen in zip(self.states, seen, strict=True)
+        )
+        for state, is_seen in zip(self.states, seen, strict=True):
+            state["calls"] += is_seen
+
+    def schedule(self) -> tuple[bool, bool, int]:
+        """Whether this step observes, whether it refits, and how many steps one observation stands for.
+
+        A captured step is always the same: it does both.
+        """
+        calls, every = self.calls, self.options["refit_every"]
+        if self.options["capturable"]:
+            return True, True, 1
+        if calls <= REFIT_WARMUP:
+            every = min(every, WARMUP_EVERY)
+        time = calls + self.phase
+        return time % OBSERVE_EVERY == 0, time % every == 0, OBSERVE_EVERY
+
+    def is_current(self) -> bool:
+        """Whether the states and the parameters are those that the stack was made of."""
+        if not self._is_settled or self._made_of != self._described():
+            return False
+        current = (state.get(name) for state in self.states for name in self._names)
+        return all(own is view for own, view in zip(current, self._views, strict=True))
+
+    def _described(self) -> tuple[Any, ...]:
+        owners = [layout.owner for layout in self.layouts]
+        names = ("structure", "batch_dims", "diagonal", "block", "lead", "capturable")
+        options = (self.options[name] for name in names)
+        return *options, *((owner.device, owner.dtype) for owner in owners)
+
+    def release(self) -> None:
+        """Gives every state a storage of its own: none keeps those of others alive."""
+        if len(self.states) > 1:
+            for state in self.states:
+                for name in self._names:
+                    if isinstance(state.get(name), Tensor):
+                        state[name] = state[name].clone()
+
+    def to_rotated(self, x: Tensor) -> Tensor:
+        """``Q^T x`` for ``(count, rows, columns)``; ``x`` itself where no axis is rotated."""
+        for dim, rotation in self.rotations:
+            x = rotation.to_rotated(x, dim=dim)
+        return x
+
+    def from_rotated(self, u: Tensor) -> Tensor:
+        """``Q u``, the inverse of ``to_rotated``."""
+        for dim, rotation in self.rotations:
+            u = rotation.from_rotated(u, dim=dim)
+        return u
+
+    def per_tensor(self, values: Tensor) -> Tensor:
+        """Numbers of each tensor ``(tensors,)``, to broadcast: ``(count, 1, 1)``."""
+        return values.repeat_interleave(self.shape[0]).view(-1, 1, 1) if self.shape[0] > 1 else values.view(-1, 1, 1)
+
+
+def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], options: Any) -> list[Stack]:
+    """The stacks of a group's tensors."""
+    alike: dict[Any, list[tuple[TensorLayout, State]]] = defaultdict(list)
+    for layout, state in zip(layouts, states, strict=True):
+        device = layout.owner.device
+        room = MAX_STACKED.get(device.type, MAX_STACKED["cuda"])
+        # On a CPU a tensor starts by itself, at its first gradient that is not zero; others do not wait for it.
+        waits = id(layout.owner) if device.type == "cpu" and not state["calls"] else None
+        key = (layout.state_shape, layout.shape, layout.rotated, layout.owner.dtype, device, state["calls"], waits)
+        known = alike[key]
+        if known and (options["diagonal"] == "newton" or (len(known) + 1) * layout.owner.numel() > room):
+            alike[(*key, len(alike))] = known
+            known = alike[key] = []
+        known.append((layout, state))
+    groups = sorted((members for members in alike.values() if members), key=lambda members: not members[0][1]["calls"])
+    return [Stack(*zip(*members, strict=True), options, phase) for phase, members in enumerate(groups)]
+
+
+def release(stacks: Iterable[Stack]) -> None:
+    """Undoes stacks that are used no more."""
+    for stack in stacks:
+        stack.release()

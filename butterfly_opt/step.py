@@ -1,0 +1,183 @@
+"""One step of tensors of equal shape, as the docstring of ``Butterfly`` states it.
+
+The pairs come from averages: no closure, no extra gradient. With the weights ``a_t = (1 - beta1) / (1 - beta1^t)``
+
+    y_t = g_t - gbar_{t-1}              gbar_t = gbar_{t-1} + a_t y_t
+    s_t = theta_t - thetabar_{t-1}      thetabar_t = thetabar_{t-1} + a_t s_t
+
+both averages run over the same steps with the same weights, so ``y_t = H s_t + noise`` holds exactly on a quadratic, and
+``s_t`` spans about ``1 / (1 - beta1)`` steps. ``gbar`` is Adam's bias-corrected momentum. Both live in original
+coordinates: they outlast every basis, and ``s`` follows whatever was written to the parameters, by anybody.
+
+    u = Q^T y, m = Q^T gbar, w = Q^T s
+    A <- (1 - b_t) A + b_t u^2, and so B of w^2 and C of u w           b_t = (1 - beta2) / (1 - beta2^t)
+    theta <- theta (1 - lr weight_decay) - lr Q ( m / (sqrt(V + m^2) + floor) )        floor = eps + ROUNDING max |g_t|
+
+with ``V`` of ``diagonal``. An entry whose ``gbar`` is exactly zero never had a gradient: it is not moved, whatever it is
+mixed with.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from butterfly_opt.diagonal import regress
+from butterfly_opt.options import Options
+from butterfly_opt.rounding import round_stochastically
+from butterfly_opt.stack import Numbers, Stack
+
+MOMENT_BETA = 0.9
+"""Decay a step of the second moments that the basis is fitted to: 0.95 and 0.99 follow the drift too late."""
+
+
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
+"""Share of the largest gradient entry that a rotated coordinate must have: a few roundings, added up over stages."""
+
+
+def take_step_(stack: Stack, usable: Tensor) -> None:
+    """Steps the tensors of a stack: state and parameters change in place.
+
+    Args:
+        stack: tensors whose parameters hold their gradients.
+        usable: bool ``(tensors,)``; a tensor where it is False keeps its state and parameters, bit for bit.
+    """
+    averages, options, n = stack.averages, stack.options, stack.numbers
+    exp_avg, energy = averages["exp_avg"], averages["exp_avg_sq"]
+    y = gradients(stack).sub_(exp_avg)
+    if not stack.all_usable:
+        y = torch.where(stack.per_tensor(usable), y, 0.0)
+    exp_avg.addcmul_(y, n.mean)
+    fit_basis_(stack, y, n, usable)
+    u, m = stack.to_rotated(y), stack.to_rotated(exp_avg)
+    average_product_(energy, u, u, n.square)
+    if options["diagonal"] == "secant":
+        param_avg, disp_sq, cross = (averages[name] for name in ("param_avg", "disp_sq", "cross"))
+        s = parameters(stack) - param_avg
+        param_avg.addcmul_(s, n.mean)
+        w = stack.to_rotated(s)
+        average_product_(disp_sq, w, w, n.pair)
+        average_product_(cross, u, w, n.pair)
+        energy = regress(energy, disp_sq, cross, beta2=options["betas"][1], step=n.step).energy
+    scale = torch.addcmul(energy, m, m).sqrt_().add_(n.floor)
+    # Not in place: where nothing is rotated m is the average itself.
+    change = stack.from_rotated(m / scale).mul_(-n.lr)
+    write_(stack, change.masked_fill_(exp_avg == 0, 0.0), n)
+
+
+def count_steps_(stacks: Sequence[Stack], usable: Sequence[Tensor]) -> None:
+    """Counts the step of each active tensor, or that it was skipped, and gives every stack its numbers.
+
+    Args:
+        stacks: of one group and device: their numbers are made together.
+        usable: for each stack which of its tensors have a finite gradient.
+    """
+    options, (beta1, beta2) = stacks[0].options, stacks[0].options["betas"]
+    finite, active = torch.cat(list(usable)), torch.cat([stack.active for stack in stacks])
+    step = torch.cat([stack.counters["step"] for stack in stacks]) + active
+    skipped = torch.cat([stack.counters["skipped"] for stack in stacks]) + ~finite
+    sizes = [len(stack.layouts) for stack in stacks]
+    for name, values in (("step", step), ("skipped", skipped)):
+        torch._foreach_copy_([stack.counters[name] for stack in stacks], list(values.split(sizes)))
+    taken, t = active.double(), step.double().clamp_min(1)
+    offsets = [stack.momentum_steps for stack in stacks]
+    if any(offset is not None for offset in offsets):
+        t_mean = t + torch.cat([t.new_zeros(n) if o is None else o for n, o in zip(sizes, offsets, strict=True)])
+    else:
+        t_mean = t
+    lr = options["lr"].to(t).view(()) if isinstance(options["lr"], Tensor) else options["lr"]
+
+    def weight(beta: float | Tensor, count: Tensor) -> Tensor:
+        # The first weight is 1 only up to rounding: above it, an average could get negative.
+        return taken * ((1 - beta) / (1 - beta**count)).clamp_max(1.0)
+
+    largest = torch.where(finite, torch.cat([stack.largest for stack in stacks]), 0.0)
+    floors = floor(options["eps"], largest, stacks[0].layouts[0].dtype)
+    rows = (
+        weight(beta1, t_mean), weight(beta2, t), weight(beta2, (t - 1).clamp_min(1)), t, finite.double() * lr,
+        floors.double(),
+    )  # fmt: skip
+    for stack, own in zip(stacks, torch.stack(rows).split(sizes, dim=1), strict=True):
+        columns = own.to(stack.layouts[0].dtype).repeat_interleave(stack.shape[0], dim=1)
+        stack.numbers = Numbers(*columns.view(len(rows), -1, 1, 1).unbind())
+
+
+def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> None:
+    """Takes the innovations into the second moments of each axis, and refits its rotation, where that is due."""
+    if not stack.calls:
+        return
+    observe, refit, span = stack.schedule()
+    # A bias-corrected average at first, then an exponential one; 0 where the step is skipped.
+    weight = n.mean.view(-1).clamp_min(1 - MOMENT_BETA**span) * (n.mean.view(-1) > 0)
+    for dim, rotation in stack.rotations:
+        values = y if dim == -2 else y.mT
+        if stack.calls == 1:
+            rotation.start_(values)
+            continue
+        if observe:
+            rotation.observe_(values, weight)
+        if refit:
+            rotation.refit_(None if stack.all_usable else stack.per_tensor(usable).view(-1))
+
+
+def floor(eps: float | Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the denominator: ``eps``, and ROUNDING of the largest entry of the gradient.
+
+    A rotation leaves rounding errors in coordinates without energy: divided by themselves they would be steps. At least
+    the root of the smallest normal number: for smaller ``m``, ``m^2`` vanishes under the root.
+    """
+    return (eps + ROUNDING[dtype] * largest).clamp_min(torch.finfo(dtype).tiny ** 0.5)
+
+
+def average_product_(average: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> None:
+    """``average <- average + weight (x y - average)``, in place."""
+    average.lerp_(x * y, weight)
+
+
+def gradient(param: Tensor, grad: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
+    """The gradient of a parameter that is descended, with L2 decay and ``maximize``; ``grad`` itself without either."""
+    grad = -grad if options["maximize"] else grad
+    if options["decoupled_weight_decay"] or not options["weight_decay"]:
+        return grad
+    return grad.to(dtype) + options["weight_decay"] * param.detach()
+
+
+def gradients(stack: Stack) -> Tensor:
+    """The gradients, with L2 decay and ``maximize``, a new tensor; parameters without one have no innovation."""
+    options = stack.options
+    means = stack.averages["prev_grad" if options["diagonal"] == "newton" else "exp_avg"]
+
+    def own(param: Tensor, mean: Tensor) -> Tensor:
+        return mean if param.grad is None else gradient(param, param.grad, options, mean.dtype)
+
+    grads = [
+        layout.gather([own(*pair) for pair in zip(layout.params, layout.scatter(mean), strict=True)])
+        for layout, mean in zip(stack.layouts, means.split(stack.shape[0]), strict=True)
+    ]
+    return torch.cat(grads) if len(grads) > 1 else grads[0].clone()
+
+
+def parameters(stack: Stack) -> Tensor:
+    """The parameters ``(count, rows, columns)`` in the dtype of the state; they may be aliased."""
+    own = [layout.gather([param.detach() for param in layout.params]) for layout in stack.layouts]
+    return torch.cat(own) if len(own) > 1 else own[0]
+
+
+def write_(stack: Stack, change: Tensor, n: Numbers) -> None:
+    """``theta <- theta (1 - lr weight_decay) + change``, rounded once; parameters without a gradient stay."""
+    options, batch = stack.options, stack.shape[0]
+    decays = bool(options["weight_decay"]) and options["decoupled_weight_decay"]
+    keep = 1 - n.lr * options["weight_decay"]
+    for i, (layout, own) in enumerate(zip(stack.layouts, change.split(batch), strict=True)):
+        for part, param in zip(layout.scatter(own), layout.params, strict=True):
+            if param.grad is None:
+                continue
+            if param.dtype == part.dtype:
+                param.mul_(keep[i * batch].view(())) if decays else None
+                param.add_(part)
+                continue
+            value = param.to(part.dtype)
+            value = value * keep[i * batch].view(()) + part if decays else value + part
+            if options["stochastic_rounding"] and param.dtype == torch.bfloat16:
+                value = round_stochastically(value, stream=stack.streams[i], step=n.step[i * batch].view(()))
+            param.copy_(value)

@@ -1,0 +1,144 @@
+"""Closed forms for the group matrices of a rotation that diagonalises a symmetric matrix, from the leaves to the root.
+
+With A the matrix in the coordinates that enter a stage, and g the coordinates of a group, in the *leading* plan
+the matrix of the group holds eigenvectors of ``A_gg``. Those that are coupled to other groups most go on:
+
+    energy    |A_{-g,g} v|^2                            what is off the diagonal for good if v stops here
+    logdet    log v^T A_gg v - log v^T ((A^-1)_gg)^-1 v     nats that the others tell about v, for a Gaussian
+
+Both vanish for a direction that no other group is coupled to, so that a planted basis of the same plan is found to
+rounding. The root is an eigendecomposition.
+
+In the *full* plan of radix 2 every pair gets its Jacobi angle (off-diagonal energy falls by ``2 a_ij^2``), which is
+defined up to the order of the two outputs. That choice decides everything after it: later stages mix only
+coordinates with equal digits here, so what is coupled must come to lie on one side. With ``s_p = +-1`` for "pair p
+exchanged" the energy on equal sides is ``s^T W s / 2`` plus a constant, ``W_pq = a_ll^2 + a_hh^2 - a_lh^2 - a_hl^2``
+for the lower (l) and higher (h) partners of p and q; s is the sign of W's leading eigenvector, exact where the
+eigenbasis is such a butterfly (there ``W_pq = s_p s_q |W_pq|``: Perron). Larger radices take eigenvectors, the largest
+eigenvalue first.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from butterfly_opt.plan import Plan, Run, Stage
+from butterfly_opt.rotation import Rotation
+
+
+def sweep(matrix: Tensor, plan: Plan, criterion: str) -> Rotation:
+    """The rotation Q that brings ``Q^T A Q`` near a diagonal matrix, in one pass over the stages.
+
+    Args:
+        matrix: A, ``(n, n)``, symmetric, float32 or float64; positive definite for "logdet".
+        plan: the groups.
+        criterion: "energy" or "logdet"; the full plan knows only "energy".
+
+    Cost: O(n^2 block); O(n^3) for "logdet" and for the first stage of radix 2.
+    """
+    rotation = Rotation.identity(plan.n, block=plan.block, lead=plan.lead, dtype=matrix.dtype, device=matrix.device)
+    rotation = Rotation(plan, rotation.matrices)
+    for stage, matrices in zip(plan.stages, plan.views(rotation.matrices), strict=True):
+        taken = stage.index_on(matrix.device)
+        index = torch.arange(plan.n, device=matrix.device) if taken is None else taken
+        if plan.is_full:
+            found = _full(matrix, stage, index, plan.block)
+        else:
+            inverse = torch.linalg.inv(matrix) if criterion == "logdet" and stage is not plan.stages[-1] else None
+            found = _leading(matrix, inverse, stage)
+        for old, new in zip(matrices, found, strict=True):
+            old.copy_(new)
+        if plan.is_full:
+            rows = _turn(matrix[index], found, stage.runs)
+            matrix = matrix.index_copy(0, index, rows)
+            matrix = matrix.index_copy(1, index, _turn(matrix[:, index].mT, found, stage.runs).mT)
+        elif stage is not plan.stages[-1]:
+            leading = [m[..., : plan.lead] for m in found]
+            matrix = _turn(_turn(matrix, leading, stage.runs).mT, leading, stage.runs)
+    return rotation
+
+
+def _turn(rows: Tensor, matrices: list[Tensor], runs: tuple[Run, ...]) -> Tensor:
+    """``B^T rows`` group by group, ``(1, groups, size, outputs)`` each; the coordinates of all groups in order."""
+    parts = rows.split([run.span for run in runs])
+    return torch.cat(
+        [(m[0].mT @ part.unflatten(0, run)).flatten(0, 1) for m, part, run in zip(matrices, parts, runs, strict=True)]
+    )
+
+
+def _blocks(matrix: Tensor, runs: tuple[Run, ...]) -> list[Tensor]:
+    """The diagonal blocks of the groups of each run, ``(groups, size, size)``."""
+    blocks, start = [], 0
+    for run in runs:
+        square = matrix[start : start + run.span, start : start + run.span].unflatten(0, run).unflatten(2, run)
+        blocks.append(square.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        start += run.span
+    return blocks
+
+
+def _leading(matrix: Tensor, inverse: Tensor | None, stage: Stage) -> list[Tensor]:
+    """Eigenvectors of the groups, those most coupled to other groups first."""
+    found = []
+    rows = matrix.split([run.span for run in stage.runs])
+    others = _blocks(matrix if inverse is None else inverse, stage.runs)
+    for run, own, part, other in zip(stage.runs, _blocks(matrix, stage.runs), rows, others, strict=True):
+        values, vectors = torch.linalg.eigh(own)
+        if inverse is None:
+            coupled = (vectors.mT @ part.unflatten(0, run)).square().sum(-1) - values.square()
+        else:
+            alone = (vectors * torch.linalg.solve(other, vectors)).sum(-2)
+            coupled = values.log() - alone.log()
+        order = coupled.argsort(-1, descending=True)
+        found.append(vectors.take_along_dim(order.unsqueeze(-2), dim=-1)[None])
+    return found
+
+
+def _full(matrix: Tensor, stage: Stage, index: Tensor, radix: int) -> list[Tensor]:
+    """The matrices of a stage of the full plan."""
+    groups = matrix[index][:, index]
+    if radix > 2:
+        return [torch.linalg.eigh(own).eigenvectors.flip(-1)[None] for own in _blocks(groups, stage.runs)]
+    (own,) = _blocks(groups, stage.runs)
+    angle = 0.5 * torch.atan2(2 * own[:, 0, 1], own[:, 0, 0] - own[:, 1, 1])
+    angle = angle - math.pi / 2 * torch.round(angle / (math.pi / 2))
+    turn = _givens(angle)
+    # Rows and columns of the pairs turned; coordinates without a partner are needed beside them.
+    turned = matrix.index_copy(0, index, _turn(matrix[index], [turn], stage.runs))
+    turned = turned.index_copy(1, index, _turn(turned[:, index].mT, [turn], stage.runs).mT)
+    exchanged = _exchanges(turned, index.view(-1, 2))
+    return [torch.where(exchanged.view(1, -1, 1, 1), _givens(angle + math.pi / 2), turn)]
+
+
+def _givens(angle: Tensor) -> Tensor:
+    """``(1, pairs, 2, 2)``: columns ``(cos, sin)`` and ``(-sin, cos)``."""
+    c, s = angle.cos(), angle.sin()
+    return torch.stack((c, -s, s, c), -1).view(1, -1, 2, 2)
+
+
+def _exchanges(matrix: Tensor, pairs: Tensor) -> Tensor:
+    """Which pairs ``(count, 2)`` exchange their outputs, bool ``(count,)``; see the module docstring."""
+    n = len(matrix)
+    stride = int(pairs[0, 1] - pairs[0, 0])
+    low = torch.arange(n, device=matrix.device)
+    low = low[low // stride % 2 == 0]  # lower partners, with and without a higher one
+    exists = low + stride < n
+    high = (low + stride).clamp_max(n - 1)
+    energy = matrix.square()
+    # A partner that does not exist couples with nothing.
+    across = exists.to(matrix.dtype)
+    both = across[:, None] * across
+    coupling = energy[low][:, low] + both * energy[high][:, high]
+    coupling = coupling - across * energy[low][:, high] - across[:, None] * energy[high][:, low]
+    # Only pairs whose lower digits agree meet again.
+    coupling = torch.where((low % stride)[:, None] == low % stride, coupling, 0.0)
+    coupling.diagonal().zero_()
+    chosen = torch.zeros(n, dtype=torch.bool, device=matrix.device)
+    for digit in range(min(stride, n)):
+        own = (low % stride == digit).nonzero().squeeze(-1)
+        leading = torch.linalg.eigh(coupling[own][:, own]).eigenvectors[:, -1]
+        # Coordinates without a partner decide which side is which; without any, few exchanges are as good as many.
+        alone = (leading * ~exists[own]).sum()
+        side = torch.where(alone != 0, alone, leading.sum())
+        chosen[low[own]] = (leading * torch.where(side < 0, -1.0, 1.0) < 0) & exists[own]
+    return chosen[pairs[:, 0]]

@@ -1,0 +1,113 @@
+"""butterfly_opt.stack: tensors of one shape that share their operations step as each of them by itself.
+
+Oracle: the same optimizer with stacks of one tensor.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from contract import make_params, set_grads, values
+
+from butterfly_opt import Butterfly, stack
+from butterfly_opt.diagonal import regress
+from butterfly_opt.stack import Stack
+
+SHAPES = ((6, 5), (4,), (3, 2, 2, 3), (6, 5), (1,), (4,), (1, 7))
+STEPS = 14
+
+
+def run(dtypes: tuple[torch.dtype, ...], **options: Any) -> list[torch.Tensor]:
+    """Parameters and states after STEPS steps; one is at first without a gradient, others in some steps."""
+    params = [
+        torch.nn.Parameter(param.detach().to(dtype))
+        for param, dtype in zip(make_params(SHAPES), dtypes * len(SHAPES), strict=False)
+    ]
+    opt = Butterfly(params, lr=0.03, backend="torch", **options)
+    for step in range(STEPS):
+        set_grads(params, step)
+        if step < 3:
+            params[1].grad = None
+        if step in (2, 7):
+            params[2].grad = None
+        if step == 4:
+            params[5].grad = torch.zeros_like(params[5])
+        if step == 5:
+            params[3].grad = torch.full_like(params[3], float("inf"))
+        opt.step()
+    states = [v for p in params for v in opt.state[p].values() if isinstance(v, torch.Tensor)]
+    return values(params) + states
+
+
+@pytest.mark.filterwarnings("ignore:.*their step was skipped")
+@pytest.mark.parametrize("dtypes", [(torch.float64,), (torch.float64, torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"capturable": True},
+        {"diagonal": "secant"},
+        {"diagonal": "secant", "capturable": True},
+        {"block": 4, "lead": 2, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "default",
+)
+def test_together_as_one_after_the_other(
+    options: dict[str, Any], dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor by itself refits at other steps (``phase``): so all refit in each step here."""
+    monkeypatch.setattr(Stack, "schedule", lambda self: (True, True, 2))
+    together = run(dtypes, **options)
+    monkeypatch.setitem(stack.MAX_STACKED, "cpu", 0)
+    alone = run(dtypes, **options)
+    for left, right in zip(together, alone, strict=True):
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2}[left.dtype]
+        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+    for param, start in zip(together, make_params(SHAPES), strict=False):
+        assert not torch.equal(param, start.to(param.dtype))
+
+
+def stacks_of(opt: Butterfly) -> list[int]:
+    return sorted(len(stack.layouts) for stacks in opt._stacks.values() for stack in stacks)
+
+
+def test_tensors_of_one_shape_are_one_stack_once_they_have_started() -> None:
+    params = make_params(SHAPES)
+    opt = Butterfly(params)
+    for step in range(3):
+        set_grads(params, step)
+        opt.step()
+    assert stacks_of(opt) == [1, 1, 1, 2, 2]
+    made = {index: list(stacks) for index, stacks in opt._stacks.items()}
+    for step in range(3, 6):
+        set_grads(params, step)
+        opt.step()
+    # Nothing has changed, so nothing is made anew.
+    assert all(own is old for index in made for own, old in zip(opt._stacks[index], made[index], strict=True))
+    params[3].grad = None
+    opt.step()
+    assert stacks_of(opt) == [1, 1, 1, 1, 2]
+
+
+def test_a_stack_holds_no_more_than_the_cache_does() -> None:
+    params = [torch.nn.Parameter(torch.zeros(128, 128)) for _ in range(9)]
+    opt = Butterfly(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    for _ in range(2):
+        opt.step()
+    assert stacks_of(opt) == [1, 4, 4]
+
+
+def test_regression_of_stacked_tensors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape, steps = (4, 5, 3), torch.tensor([10.0, 10.0, 3.0, 10.0]).view(-1, 1, 1)
+    w, noise = torch.randn(2, 30, *shape, generator=generator, dtype=torch.float64)
+    u = w * torch.linspace(-2, 3, 60).view(shape) + noise
+    moments = u.square().mean(0), w.square().mean(0), (u * w).mean(0)
+    found = regress(*moments, beta2=0.99, step=steps)
+    for i in range(4):
+        single = regress(*(moment[i : i + 1] for moment in moments), beta2=0.99, step=steps[i : i + 1])
+        for name in ("slope", "noise", "energy", "tau"):
+            torch.testing.assert_close(getattr(found, name)[i : i + 1], getattr(single, name))
+    assert found.tau[2] == 0 < found.tau[0]

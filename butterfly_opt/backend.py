@@ -28,8 +28,8 @@ def choose_step(options: Options, device: torch.device, dtype: torch.dtype) -> T
 
     Raises:
         RuntimeError: for "triton" where Triton or the kernels are not installed.
-        ValueError: for "triton" on a device that has no Triton, outside its interpreter, or for a larger ``block`` than the
-            kernels take ("auto" then steps in torch).
+        ValueError: for "triton" on a device that has no Triton, outside its interpreter, or for a larger ``block``
+            than the kernels take ("auto" then steps in torch).
         TypeError: for "triton" with float64 parameters.
     """
     name = options["backend"]

@@ -178,7 +178,7 @@ def _stages(plan: Plan, device: torch.device) -> tuple[Stage, ...]:
         # Leaves are neighbours and cover the axis, with what is in no group; later stages touch their coordinates only.
         length, index = (plan.n, None) if i == 0 else (sum(run.span for run in stage.runs), stage.index_on(device))
         cut = tiles.stage_tiles(stage.runs, length, offset, lead, device)
-        stages.append(Stage(cut, index, sum(run.count for run in stage.runs)))
+        stages.append(Stage(cut, index, sum(run.groups for run in stage.runs)))
         offset += sum(run.numel for run in stage.runs)
     return tuple(stages)
 
@@ -292,9 +292,7 @@ def step_bytes(
     others, secant = 1 - final, diagonal == "secant"
     values = 3 if secant else 2
     leaf_matrices = sum(4 * sum(run.numel for run in plan.stages[0].runs) / (rows * columns) for plan, _ in plans)
-    later = sum(
-        8 * sum(run.span for run in stage.runs) / plan.n for plan, _ in plans for stage in plan.stages[1:]
-    )
+    later = sum(8 * sum(run.span for run in stage.runs) / plan.n for plan, _ in plans for stage in plan.stages[1:])
     later_matrices = sum(4 * sum(r.numel for r in s.runs) / (rows * columns) for p, _ in plans for s in p.stages[1:])
     if secant:
         forth = 2 * itemsize + 4 + 8 + 4 + 4 + final * 24 + others * 8

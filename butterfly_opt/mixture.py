@@ -3,8 +3,8 @@
 Expectation maximisation (A. Dempster, N. Laird, D. Rubin, J. R. Stat. Soc. B 39, 1977) with covariances
 ``Q_k diag(d_k) Q_k^T`` (M. Mathieu, Y. LeCun, arXiv:1404.7195, 2014), Q_k wide butterflies. A maximisation step fits
 each rotation in closed form to the weighted covariance of its component, and keeps the one before where that is
-likelier; the best diagonal for a rotation is ``diag(Q^T C Q)``. So the likelihood rises, though the rotation need not be
-optimal (a generalised EM).
+likelier; the best diagonal for a rotation is ``diag(Q^T C Q)``. So the likelihood rises, though the rotation need not
+be optimal (a generalised EM).
 """
 
 import math
@@ -277,7 +277,7 @@ class ButterflyMixture(DensityMixin, BaseEstimator):
         angles = 0
         for stage in plan.stages:
             shared = 0 if plan.is_full or stage is plan.stages[-1] else self.lead * (self.lead - 1) // 2
-            angles += sum(run.count * (run.size * (run.size - 1) // 2 - shared) for run in stage.runs)
+            angles += sum(run.groups * (run.size * (run.size - 1) // 2 - shared) for run in stage.runs)
         return self.n_components * (2 * n + angles + 1) - 1
 
     def _check_means(self) -> Tensor | None:

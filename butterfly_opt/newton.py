@@ -4,10 +4,9 @@
     theta <- theta (1 - lr weight_decay) - lr P g
 
 The first step has no curvature to go by: it is ``lr g`` with a closure, else as in torch's LBFGS
-``lr min(1, 1 / |g|_1) g``. With a closure a step that
-did not lower the loss as much as its slope promises is halved at the next call, before anything else: the closure is then
-evaluated again, and the pair of the point that was left is taken in too. Nothing is evaluated that is not used. That asks
-for one loss, the same batch in every call.
+``lr min(1, 1 / |g|_1) g``. With a closure a step that did not lower the loss as much as its slope promises is halved at
+the next call, before anything else: the closure is then evaluated again, and the pair of the point that was left is
+taken in too. Nothing is evaluated that is not used. That asks for one loss, the same batch in every call.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from butterfly_opt.stack import Stack, State
 from butterfly_opt.step import gradients, parameters, write_
 
 ARMIJO = 1e-4
-"""Share of the promised decrease that a step must keep (J. Nocedal and S. Wright, Numerical Optimization, 2006, eq. 3.4)."""
+"""Share of the promised decrease that a step keeps (J. Nocedal, S. Wright, Numerical Optimization, 2006, eq. 3.4)."""
 
 MAX_GROWTH = 2.0
 """A step over the one before, at most."""
@@ -75,7 +74,7 @@ def backtrack(stacks: Sequence[Stack], closure: Callable[[], Any], loss: Any) ->
 
 
 def remember_loss_(stacks: Sequence[Stack], loss: Any) -> None:
-    """Keeps the loss at the present parameters, for ``backtrack`` in the next call; ``inf`` where there was no closure."""
+    """Keeps the loss at the present parameters, for ``backtrack`` in the next call; ``inf`` without a closure."""
     value = torch.inf if loss is None else _value(stacks, loss) if stacks else 0.0
     for stack in stacks:
         stack.states[0]["prev_loss"].fill_(value)

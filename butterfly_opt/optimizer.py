@@ -36,9 +36,9 @@ class Butterfly(Optimizer):
 
         theta -= lr Q ( m / (sqrt(V + m^2) + eps) ),   m = Q^T gbar
 
-    with ``gbar`` Adam's bias-corrected momentum and ``V`` the energy of what the gradient changes by, in rotated coordinates
-    (``butterfly_opt.diagonal``). Source: M. Mathieu and Y. LeCun, "Fast Approximation of Rotations and Hessians
-    Matrices", arXiv:1404.7195 (2014).
+    with ``gbar`` Adam's bias-corrected momentum and ``V`` the energy of what the gradient changes by, in rotated
+    coordinates (``butterfly_opt.diagonal``). Source: M. Mathieu and Y. LeCun, "Fast Approximation of Rotations and
+    Hessians Matrices", arXiv:1404.7195 (2014).
 
     Args:
         params: parameters or parameter groups, as for every torch optimizer. A group may also hold ``batch_dims``: so
@@ -50,8 +50,8 @@ class Butterfly(Optimizer):
         amsgrad: only False.
         maximize: ascend.
         foreach: accepted and ignored: many tensors are always stepped together.
-        capturable: make ``step`` safe to capture in a CUDA graph: nothing is read on the host, and every step is alike, so
-            each one refits the basis.
+        capturable: make ``step`` safe to capture in a CUDA graph: nothing is read on the host, and every step is
+            alike, so each one refits the basis.
         differentiable: only False.
         fused: False takes the torch path; None and True follow ``backend``.
         decoupled_weight_decay: AdamW's decay.
@@ -74,8 +74,8 @@ class Butterfly(Optimizer):
         NotImplementedError: for distributed or sparse parameters.
 
     Cost, for an m x n matrix in float32: 8 bytes a parameter ("innovation") or 20 ("secant") and about ``8 block / (1 -
-    lead / block)`` bytes for each row and column; two ("innovation") or three rotations forth and one back a step, of some
-    ``2.7 block`` flops a coordinate and axis.
+    lead / block)`` bytes for each row and column; two ("innovation") or three rotations forth and one back a step, of
+    some ``2.7 block`` flops a coordinate and axis.
     """
 
     def __init__(
@@ -296,9 +296,9 @@ class Butterfly(Optimizer):
         layouts = [layout for layout in _layouts(group) if any(_has_gradient(param) for param in layout.params)]
         known = self._stacks.get(index, [])
         owners = [layout.owner for layout in layouts]
-        if {id(p) for p in owners} == {id(layout.owner) for stack in known for layout in stack.layouts}:
-            if all(stack.options is group and stack.is_current() for stack in known):
-                return known
+        same = {id(p) for p in owners} == {id(layout.owner) for stack in known for layout in stack.layouts}
+        if same and all(stack.options is group and stack.is_current() for stack in known):
+            return known
         release(known)
         states = [self._state_of(layout, group) for layout in layouts]
         self._stacks[index] = make_stacks(layouts, states, group)
@@ -309,8 +309,8 @@ class Butterfly(Optimizer):
         state = self.state[layout.owner]
         if "calls" in state and not check_state(state, layout, group):
             _warn(
-                "the parameters of a group, or its structure, batch_dims, diagonal, block or lead, changed since the last "
-                f"step: the estimate of the tensor of shape {tuple(layout.state_shape)} restarts"
+                "the parameters of a group, or its structure, batch_dims, diagonal, block or lead, changed since the "
+                f"last step: the estimate of the tensor of shape {tuple(layout.state_shape)} restarts"
             )
             for key in [key for key, value in state.items() if isinstance(value, Tensor) or key == "calls"]:
                 del state[key]
@@ -324,8 +324,8 @@ class Butterfly(Optimizer):
     def _usable(self, stacks: list[Stack]) -> list[Tensor]:
         """Which tensors of each stack have a finite gradient, bool ``(tensors,)``: the only gate there is.
 
-        A tensor whose gradients have all been zero so far is not ``active``: a dummy step of zeros on a fresh optimizer,
-        as loaders make it, leaves no trace.
+        A tensor whose gradients have all been zero so far is not ``active``: a dummy step of zeros on a fresh
+        optimizer, as loaders make it, leaves no trace.
 
         Args:
             stacks: of one group and device.
@@ -381,7 +381,8 @@ class Butterfly(Optimizer):
             names = group.get("param_names", [None] * len(group["params"]))
             by_owner = dict(zip(map(id, group["params"]), names, strict=True))
             tensors = [
-                {"name": by_owner[id(stack.layouts[0].owner)], **describe(stack)} for stack in self._single_stacks(group)
+                {"name": by_owner[id(stack.layouts[0].owner)], **describe(stack)}
+                for stack in self._single_stacks(group)
             ]
             sums = {key: sum(t[key] for t in tensors) for key in ("nonfinite_steps", "state_bytes")}
             groups.append({"steps": max((t["steps"] for t in tensors), default=0), **sums, "tensors": tensors})
@@ -391,7 +392,7 @@ class Butterfly(Optimizer):
         return groups
 
     def preconditioner(self, target: Tensor | dict[str, Any] | None = None) -> RotatedDiagonal | DirectSum:
-        """What the next step multiplies the momentum with, but for the learning rate: ``Q diag(1 / (sqrt(V) + eps)) Q^T``.
+        """What a step multiplies the momentum with, but for ``lr``: ``Q diag(1 / (sqrt(V + m^2) + eps)) Q^T``.
 
         Args:
             target: a parameter, a parameter group, or None for all groups.

@@ -73,8 +73,8 @@ def _validate_together(group: Options) -> None:
         raise ValueError("on_nonfinite='raise' reads the gradient on the host and cannot be capturable=True")
     if group["diagonal"] == "newton" and (group["batch_dims"] or group["lead"] == group["block"]):
         raise ValueError(
-            f"diagonal='newton' needs batch_dims = 0 and lead < block, got {group['batch_dims']}, lead = {group['lead']} "
-            f"and block = {group['block']}"
+            f"diagonal='newton' needs batch_dims = 0 and lead < block, got {group['batch_dims']}, "
+            f"lead = {group['lead']} and block = {group['block']}"
         )
     if group["capturable"] and group["diagonal"] == "newton":
         raise ValueError("diagonal='newton' decides on the host and cannot be capturable=True")

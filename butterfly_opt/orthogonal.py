@@ -77,16 +77,16 @@ def group_matrices(plan: Plan, skew: Tensor) -> Tensor:
     parts, start = [skew.new_zeros(0)], 0
     for run in (run for stage in plan.stages for run in stage.runs):
         number = run.size * (run.size - 1) // 2
-        own = skew[start : start + run.count * number].view(run.count, number)
-        start += run.count * number
+        own = skew[start : start + run.groups * number].view(run.groups, number)
+        start += run.groups * number
         if run.size == 2:
             # Exact and cheap: [[cos, -sin], [sin, cos]].
             c, s = own.cos(), own.sin()
             parts.append(torch.cat((c, -s, s, c), dim=1).flatten())
             continue
         rows, columns = torch.triu_indices(run.size, run.size, 1, device=skew.device)
-        at = (rows * run.size + columns).expand(run.count, -1)
-        upper = skew.new_zeros(run.count, run.size * run.size).scatter(1, at, own).view(-1, run.size, run.size)
+        at = (rows * run.size + columns).expand(run.groups, -1)
+        upper = skew.new_zeros(run.groups, run.size * run.size).scatter(1, at, own).view(-1, run.size, run.size)
         # Minus: of two coordinates this is the rotation by the angle above.
         parts.append(torch.linalg.matrix_exp(upper.mT - upper).flatten())
     return torch.cat(parts)[None]
@@ -142,4 +142,4 @@ class ButterflyOrthogonal(nn.Module):
 
 
 def _num_skew(plan: Plan) -> int:
-    return sum(run.count * (run.size * (run.size - 1) // 2) for stage in plan.stages for run in stage.runs)
+    return sum(run.groups * (run.size * (run.size - 1) // 2) for stage in plan.stages for run in stage.runs)

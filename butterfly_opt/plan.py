@@ -35,20 +35,20 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Run(NamedTuple):
-    """``count`` groups of ``size`` coordinates each."""
+    """Consecutive ``groups`` of ``size`` coordinates each."""
 
-    count: int
+    groups: int
     size: int
 
     @property
     def span(self) -> int:
         """Coordinates of all groups together."""
-        return self.count * self.size
+        return self.groups * self.size
 
     @property
     def numel(self) -> int:
         """Numbers of their matrices."""
-        return self.count * self.size * self.size
+        return self.groups * self.size * self.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +104,9 @@ class Plan:
         """The matrices of each stage and run, ``(*batch, count, size, size)`` views of ``(*batch, numel)``."""
         sizes = [run.numel for stage in self.stages for run in stage.runs]
         parts = iter(flat.split(sizes, dim=-1))
-        return [[next(parts).unflatten(-1, (run.count, run.size, run.size)) for run in s.runs] for s in self.stages]
+        return [[next(parts).unflatten(-1, (run.groups, run.size, run.size)) for run in s.runs] for s in self.stages]
 
 
-@lru_cache(maxsize=1024)
 def make_plan(n: int, block: int, lead: int) -> Plan:
     """The plan of an axis.
 
@@ -123,8 +122,12 @@ def make_plan(n: int, block: int, lead: int) -> Plan:
     if n < 1:
         raise ValueError(f"a rotation needs n >= 1 coordinates, got n = {n}")
     with _disable_current_modes():  # what is kept for later must not be fake
-        stages = _full_stages(n, block) if lead == block else _leading_stages(n, block, lead)
-    return Plan(n, block, lead, stages)
+        return _plan(n, block, lead)
+
+
+@lru_cache(maxsize=1024)
+def _plan(n: int, block: int, lead: int) -> Plan:
+    return Plan(n, block, lead, _full_stages(n, block) if lead == block else _leading_stages(n, block, lead))
 
 
 def check_plan(block: int, lead: int) -> None:
@@ -179,7 +182,8 @@ def _balanced(total: int, parts: int) -> list[int]:
 
 
 def _first_coordinates(runs: tuple[Run, ...]) -> list[int]:
-    firsts, start = [], 0
+    firsts: list[int] = []
+    start = 0
     for run in runs:
         firsts += range(start, start + run.span, run.size)
         start += run.span

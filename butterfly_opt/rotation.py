@@ -9,8 +9,8 @@ of a group, ``v`` the values that enter it and ``C`` their running second moment
     refit     B <- qr(C B), one orthogonal iteration, from the leaves to the root
 
 A pair of directions of nearly equal energy moves by its correlation only, so that averages kept in rotated
-coordinates stay valid over a refit. Where the matrices of the children of a group change from B to B', its own ``C`` and
-``B`` are *transported*: stated in the new outputs of the children, ``C <- T C T^T, B <- T B`` with
+coordinates stay valid over a refit. Where the matrices of the children of a group change from B to B', its own ``C``
+and ``B`` are *transported*: stated in the new outputs of the children, ``C <- T C T^T, B <- T B`` with
 ``T = (B'^T B)[:lead, :lead]`` child by child.
 
 Everything is batched: ``count`` rotations of one length, of as many tensors, are one object.
@@ -110,7 +110,9 @@ class Rotation:
         """The matrices Q, ``(count, n, n)``, made anew when the matrices have changed. Cost: n columns."""
         made_of = self.matrices._version
         if self._dense is None or self._dense[0] != made_of or self.matrices.requires_grad:
-            q = torch.eye(self.plan.n, dtype=self.matrices.dtype, device=self.matrices.device).expand(self.count, -1, -1)
+            q = torch.eye(self.plan.n, dtype=self.matrices.dtype, device=self.matrices.device).expand(
+                self.count, -1, -1
+            )
             self._dense = made_of, _apply(self._stages[::-1], q)
         return self._dense[1]
 
@@ -133,14 +135,15 @@ class Rotation:
         return torch.cat([self._squared_columns(part) for part in d.split(width, dim=-1)], dim=-1)
 
     def _squared_columns(self, d: Tensor) -> Tensor:
-        lead, blocks = self.plan.lead, None  # of the children: (count, columns, groups, lead, lead) each
+        lead = self.plan.lead
+        blocks: Tensor | None = None  # of the children: (count, columns, groups, lead, lead) each
         for stage, matrices in reversed(self._stages):
-            part = d if stage.index is None else d.index_select(-2, stage.index_on(d.device))
+            part = _gather(stage, d)
             groups: list[Tensor] = []
             for run, matrix, values in zip(stage.runs, matrices, _split(stage, part), strict=True):
                 inner = torch.diag_embed(values.permute(0, 3, 1, 2))
                 if blocks is not None:
-                    own, blocks = blocks[:, :, : run.count], blocks[:, :, run.count :]
+                    own, blocks = blocks[:, :, : run.groups], blocks[:, :, run.groups :]
                     inner[..., :lead, :lead] = own
                 groups.append(matrix[:, None] @ inner @ matrix[:, None].mT)
             if stage.index is None:
@@ -167,8 +170,7 @@ class Rotation:
     def start_(self, values: Tensor) -> None:
         """Fits the matrices to the second moments of ``values`` alone, by eigenvectors, leading first.
 
-        Raises:
-            ValueError: if ``values`` is not finite.
+        ``values`` must be finite, which is not checked here: it would wait for a GPU.
         """
         for moments, matrices, entering in self._entering(values):
             for moment, matrix, v in zip(moments, matrices, entering, strict=True):
@@ -189,8 +191,7 @@ class Rotation:
                     leading = [m[..., :lead].mT @ v for m, v in zip(matrices, entering, strict=True)]
                     values = _join([part.flatten(1, 2) for part in leading])
                 continue
-            part = values if stage.index is None else values.index_select(-2, stage.index_on(values.device))
-            yield moments, matrices, _split(stage, part)
+            yield moments, matrices, _split(stage, _gather(stage, values))
             values = _apply([(stage, [matrix.mT for matrix in matrices])], values)
 
     def _known_moments(self) -> list[list[Tensor]]:
@@ -253,20 +254,26 @@ def _apply(stages: Sequence[tuple[Stage, Sequence[Tensor]]], x: Tensor) -> Tenso
     own = False  # whether x is ours to write to
     for stage, matrices in stages:
         index = stage.index_on(x.device)
-        part = x if index is None else x.index_select(-2, index)
+        part = _gather(stage, x)
         out = _join([(m @ v).flatten(1, 2) for m, v in zip(matrices, _split(stage, part), strict=True)])
-        if index is None:
-            x = out
-        else:
-            x = x.index_copy_(-2, index, out) if own else x.index_copy(-2, index, out)
+        # In place where x is ours; out of place, and so for autograd, where it is the caller's.
+        x = out if index is None else (x.index_copy_ if own else x.index_copy)(-2, index, out)
         own = True
     return x
+
+
+def _gather(stage: Stage, x: Tensor) -> Tensor:
+    """The coordinates of the groups of a stage, one after the other."""
+    index = stage.index_on(x.device)
+    return x if index is None else x.index_select(-2, index)
 
 
 def _split(stage: Stage, part: Tensor) -> list[Tensor]:
     """``(count, groups, size, columns)`` for each run, of the coordinates of all groups in order."""
     pieces = [part] if len(stage.runs) == 1 else part.split_with_sizes([run.span for run in stage.runs], -2)
-    return [piece.reshape(*part.shape[:-2], *run, part.shape[-1]) for run, piece in zip(stage.runs, pieces, strict=True)]
+    return [
+        piece.reshape(*part.shape[:-2], *run, part.shape[-1]) for run, piece in zip(stage.runs, pieces, strict=True)
+    ]
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -283,7 +290,7 @@ def _transport(change: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _children(blocks: Tensor, lead: int) -> Tensor:
-    """The diagonal blocks ``(count, columns, groups * children, lead, lead)`` of ``(count, columns, groups, size, size)``."""
+    """The diagonal blocks ``(count, columns, groups * children, lead, lead)`` of matrices of groups."""
     count, columns, groups, size, _ = blocks.shape
     children = size // lead
     split = blocks.reshape(count, columns, groups, children, lead, children, lead)

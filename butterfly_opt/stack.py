@@ -45,7 +45,7 @@ OBSERVE_EVERY = 2
 """Every second step is observed: level with every step, at half the time."""
 
 REFIT_WARMUP = 100
-"""First gradients of a tensor, in which its basis is refitted every WARMUP_EVERY steps: most of the fit happens there."""
+"""First gradients, in which a basis is refitted every WARMUP_EVERY steps: most of the fit happens there."""
 
 WARMUP_EVERY = 2
 """With half of the stacks in each step (``phase``), early steps take little longer than later ones."""
@@ -169,7 +169,11 @@ class Stack:
     @property
     def _names(self) -> list[str]:
         axes = range(len(self.layouts[0].rotated))
-        return [*COUNTERS, *AVERAGES[self.options["diagonal"]], *(f"{n}{i}" for i in axes for n in ("rotation", "moment"))]
+        return [
+            *COUNTERS,
+            *AVERAGES[self.options["diagonal"]],
+            *(f"{n}{i}" for i in axes for n in ("rotation", "moment")),
+        ]
 
     def _join(self, name: str) -> Tensor:
         """A state of all tensors in one storage, ``(tensors, *shape)``; the states become views of it."""
@@ -250,6 +254,7 @@ class Stack:
 def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], options: Any) -> list[Stack]:
     """The stacks of a group's tensors."""
     alike: dict[Any, list[tuple[TensorLayout, State]]] = defaultdict(list)
+    full: list[list[tuple[TensorLayout, State]]] = []
     for layout, state in zip(layouts, states, strict=True):
         device = layout.owner.device
         room = MAX_STACKED.get(device.type, MAX_STACKED["cuda"])
@@ -258,11 +263,15 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
         key = (layout.state_shape, layout.shape, layout.rotated, layout.owner.dtype, device, state["calls"], waits)
         known = alike[key]
         if known and (options["diagonal"] == "newton" or (len(known) + 1) * layout.owner.numel() > room):
-            alike[(*key, len(alike))] = known
+            full.append(known)
             known = alike[key] = []
         known.append((layout, state))
-    groups = sorted((members for members in alike.values() if members), key=lambda members: not members[0][1]["calls"])
-    return [Stack(*zip(*members, strict=True), options, phase) for phase, members in enumerate(groups)]
+    # Those that wait come last: the phases of the others must not depend on them.
+    groups = sorted([*full, *alike.values()], key=lambda members: not members[0][1]["calls"])
+    return [
+        Stack([layout for layout, _ in members], [state for _, state in members], options, phase)
+        for phase, members in enumerate(groups)
+    ]
 
 
 def release(stacks: Iterable[Stack]) -> None:

@@ -5,16 +5,16 @@ The pairs come from averages: no closure, no extra gradient. With the weights ``
     y_t = g_t - gbar_{t-1}              gbar_t = gbar_{t-1} + a_t y_t
     s_t = theta_t - thetabar_{t-1}      thetabar_t = thetabar_{t-1} + a_t s_t
 
-both averages run over the same steps with the same weights, so ``y_t = H s_t + noise`` holds exactly on a quadratic, and
-``s_t`` spans about ``1 / (1 - beta1)`` steps. ``gbar`` is Adam's bias-corrected momentum. Both live in original
+both averages run over the same steps with the same weights, so ``y_t = H s_t + noise`` holds exactly on a quadratic,
+and ``s_t`` spans about ``1 / (1 - beta1)`` steps. ``gbar`` is Adam's bias-corrected momentum. Both live in original
 coordinates: they outlast every basis, and ``s`` follows whatever was written to the parameters, by anybody.
 
     u = Q^T y, m = Q^T gbar, w = Q^T s
     A <- (1 - b_t) A + b_t u^2, and so B of w^2 and C of u w           b_t = (1 - beta2) / (1 - beta2^t)
-    theta <- theta (1 - lr weight_decay) - lr Q ( m / (sqrt(V + m^2) + floor) )        floor = eps + ROUNDING max |g_t|
+    theta <- theta (1 - lr weight_decay) - lr Q ( m / (sqrt(V + m^2) + floor) )   floor = eps + ROUNDING max |g_t|
 
-with ``V`` of ``diagonal``. An entry whose ``gbar`` is exactly zero never had a gradient: it is not moved, whatever it is
-mixed with.
+with ``V`` of ``diagonal``. An entry whose ``gbar`` is exactly zero never had a gradient: it is not moved, whatever it
+is mixed with.
 """
 
 from collections.abc import Sequence

@@ -29,11 +29,10 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from butterfly_opt import RotatedDiagonal
-from butterfly_opt.backend import MAX_DENSE_LENGTH
+from butterfly_opt import Basis, RotatedDiagonal, Rotation
 from butterfly_opt.mixture import ButterflyMixture
 from butterfly_opt.normal import ButterflyNormal
-from butterfly_opt.rotation import angles_shape
+from butterfly_opt.rotation import MAX_DENSE_LENGTH
 from experiments.benchmarking import RowWriter, environment, measure, note
 from experiments.config import ConfigError, DatasetConfig
 from experiments.data import Dataset, load_dataset
@@ -71,18 +70,19 @@ def densities(n: int) -> Iterator[Density]:
     """One Gaussian of dimension n in each form; the diagonal one is of course another."""
     generator = torch.Generator().manual_seed(0)
     loc, x = torch.randn(n, generator=generator), torch.randn(SAMPLES, n, generator=generator)
-    for depth in (1, 2):
-        angles = torch.randn(angles_shape(n, depth=depth), generator=generator)
-        d = 0.5 + torch.rand(n, generator=generator)
+    d = 0.5 + torch.rand(n, generator=generator)
+    for block, lead in ((2, 2), (64, 16)):
+        rotation = Rotation.identity(n, block=block, lead=lead)
+        rotation.start_(torch.randn(1, n, 2 * block, generator=generator))
+        operator = RotatedDiagonal(Basis((n,), [(0, rotation)]), d)
 
-        def butterfly(angles: Tensor = angles, d: Tensor = d) -> Callable[[], object]:
-            normal = ButterflyNormal(loc, RotatedDiagonal.from_angles(angles, d), validate_args=False)
-            return partial(normal.log_prob, x)
+        def butterfly(operator: RotatedDiagonal = operator) -> Callable[[], object]:
+            return partial(ButterflyNormal(loc, operator, validate_args=False).log_prob, x)
 
-        # Short axes are rotated by the dense Q, longer ones by a copy of the angles.
-        rotation = n * n if n <= MAX_DENSE_LENGTH else angles.numel()
-        yield Density(f"ButterflyNormal, depth {depth}", butterfly, 2 * n + angles.numel() + rotation)
-    dense = RotatedDiagonal.from_angles(angles, d).to_dense()
+        # Short axes are rotated by the dense Q, made once.
+        dense_numbers = n * n if n <= MAX_DENSE_LENGTH else 0
+        yield Density(f"ButterflyNormal, block {block}", butterfly, 2 * n + rotation.plan.numel + dense_numbers)
+    dense = operator.to_dense()
 
     def multivariate() -> Callable[[], object]:
         return partial(MultivariateNormal(loc, dense, validate_args=False).log_prob, x)
@@ -125,13 +125,13 @@ def time_density(density: Density, n: int, *, milliseconds: int) -> Row:
 def data_sets(root: str, samples: int) -> Iterator[Data]:
     """Digits, and MNIST where it is found."""
     digits = load_dataset(DatasetConfig(name="digits"))
-    yield Data("digits", *_vectors(digits, samples), (1e-6, 1e-3), ({"depth": 1}, {"depth": 2}))
+    yield Data("digits", *_vectors(digits, samples), (1e-6, 1e-3), ({}, {"block": 2, "lead": 2}))
     try:
         mnist = load_dataset(DatasetConfig(name="mnist", root=root))
     except ConfigError as error:
         note(f"the rows of MNIST are skipped: {error}")
         return
-    yield Data("MNIST", *_vectors(mnist, samples), (1e-3, 1e-2), ({"depth": 1, "angle_steps": 20, "max_iter": 10},))
+    yield Data("MNIST", *_vectors(mnist, samples), (1e-3, 1e-2), ({},))
 
 
 def _vectors(data: Dataset, samples: int) -> tuple[ndarray, ndarray]:

@@ -1,8 +1,8 @@
-"""Times three ways to rotate one axis of a matrix on this machine: stages, grouped stages, dense.
+"""Times two ways to rotate one axis of a matrix on this machine: stage by stage, and as a dense product.
 
 python -m experiments.bench_rotation [--repeats 15]
 
-These figures set ``MAX_DENSE_LENGTH`` and ``MIN_BLOCK_COLUMNS`` in ``butterfly_opt.backend``.
+These figures set ``MAX_DENSE_LENGTH`` in ``butterfly_opt.rotation``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from functools import partial
 
 import torch
 
-from butterfly_opt.backend import TORCH, DenseRotation, StageRotation
-from butterfly_opt.blocks import RotationBlocks
-from butterfly_opt.rotation import angles_shape
+from butterfly_opt import Rotation, rotation
 
 SIZES = (
     (256, 1),
@@ -52,16 +50,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args(argv).repeats
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, ms (range)\n")
-    print("| axis | n | columns | depth | stages | grouped | dense |\n|---|---|---|---|---|---|---|")
-    for (n, columns), dim, depth in itertools.product(SIZES, (0, 1), (1, 2)):
-        x = torch.randn(n, columns) if dim == 0 else torch.randn(columns, n)
-        angles = torch.randn(angles_shape(n, depth=depth))
-        ways = (StageRotation(angles, TORCH), RotationBlocks(angles, n), DenseRotation(angles, n))
+    print("| axis | n | columns | lead | stages | dense | a refit |\n|---|---|---|---|---|---|---|")
+    for (n, columns), dim, lead in itertools.product(SIZES, (-2, -1), (16, 32)):
+        x = torch.randn(1, n, columns) if dim == -2 else torch.randn(1, columns, n)
+        rotated = Rotation.identity(n, lead=lead)
+        rotated.start_(x if dim == -2 else x.mT)
         cells = []
-        for way in ways:
-            median, spread = milliseconds(partial(way.rotate, x, dim=dim, transpose=True), repeats)
-            cells.append(f"{median:.3f} ({spread:.3f})")
-        print(f"| {dim} | {n} | {columns} | {depth} | {' | '.join(cells)} |", flush=True)
+        for limit in (0, n):
+            rotation.MAX_DENSE_LENGTH = limit
+            cells.append(milliseconds(partial(rotated.to_rotated, x, dim=dim), repeats))
+        cells.append(milliseconds(rotated.refit_, repeats))
+        shown = " | ".join(f"{median:.3f} ({spread:.3f})" for median, spread in cells)
+        print(f"| {dim} | {n} | {columns} | {lead} | {shown} |", flush=True)
 
 
 if __name__ == "__main__":

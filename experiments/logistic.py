@@ -1,4 +1,4 @@
-"""Newton scaling on a convex problem: gradient evaluations of L2-regularised logistic regression.
+"""Quasi-Newton steps on a convex problem: gradient evaluations of L2-regularised logistic regression.
 
 python -m experiments.logistic [--l2 0.01] [--limit 1000]
 
@@ -67,7 +67,14 @@ class Problem:
 def contenders() -> dict[str, tuple[list[float], Callable[[float], Callable[[list[Tensor]], torch.optim.Optimizer]]]]:
     """Optimizers with their learning-rate grids."""
     return {
-        "Butterfly newton": ([0.7, 1.0], lambda lr: lambda p: Butterfly(p, lr=lr, betas=(0.5, 0.8), scaling="newton")),
+        "Butterfly newton, one dense block": (
+            [1.0],
+            lambda lr: lambda p: Butterfly(p, lr=lr, diagonal="newton", structure="flat", block=650, lead=64),
+        ),
+        "Butterfly newton, blocks of 64": (
+            [1.0],
+            lambda lr: lambda p: Butterfly(p, lr=lr, diagonal="newton", structure="flat"),
+        ),
         "Adam betas=(0.9, 0.99)": (
             [0.01, 0.03, 0.1, 0.3],
             lambda lr: lambda p: torch.optim.Adam(p, lr=lr, betas=(0.9, 0.99)),

@@ -1,14 +1,14 @@
-"""Covariance of real images: a butterfly, the diagonal, low rank plus diagonal of equal memory, and the full matrix.
+"""Covariance of real images: butterflies, the diagonal, low rank plus diagonal of equal size, and the full matrix.
 
 The second use of M. Mathieu and Y. LeCun, arXiv:1404.7195 (2014). All models are fitted to one matrix, the covariance
-of the training images after shrinkage, so that they differ only in what they can represent. A butterfly of depth k
-on n coordinates keeps ``k n log2(n) / 2`` angles and n numbers, as many as factors of rank ``k log2(n) / 2`` and a
-diagonal.
+of the training images after shrinkage, so that they differ only in what they can represent. Beside each butterfly
+stand factors with as many free numbers as it has angles. (It stores matrices, two to four numbers an angle.)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 import warnings
@@ -19,15 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from butterfly_opt import FitOptions, fit_symmetric
-from butterfly_opt.rotation import num_stages
 from experiments.config import ConfigError, DatasetConfig
 from experiments.data import load_dataset
 from experiments.paper_files import (
     BLACK,
-    BLUE,
     ORANGE,
-    SKY,
+    PLAN_STYLES,
     VERMILION,
     add_legend,
     check_at_least,
@@ -35,6 +32,7 @@ from experiments.paper_files import (
     save_figure,
     write_rows,
 )
+from experiments.paper_plans import PlanConfig, check_plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +41,7 @@ class CovarianceConfig:
 
     Attributes:
         dataset: the images.
-        depths: butterflies multiplied with one another; the ranks beside them follow.
-        steps: angle steps.
-        lr: length of the first angle step in radians.
+        plans: butterflies by name; the ranks beside them follow.
         patch: side of square patches cut at random places, one an image; 0 takes whole images.
         train_samples: images of the training split, all if there are fewer.
         test_samples: images of the test split, all if there are fewer.
@@ -55,9 +51,7 @@ class CovarianceConfig:
     """
 
     dataset: DatasetConfig
-    depths: list[int]
-    steps: int
-    lr: float = 0.2
+    plans: dict[str, PlanConfig]
     patch: int = 0
     train_samples: int = 20_000
     test_samples: int = 10_000
@@ -67,10 +61,8 @@ class CovarianceConfig:
     run_dir: str | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(1, depths=self.depths)
-        if not self.lr > 0:
-            raise ConfigError(f"lr must be above 0, got {self.lr}")
-        check_at_least(0, steps=self.steps, patch=self.patch, seed=self.seed)
+        check_plans(self.plans)
+        check_at_least(0, patch=self.patch, seed=self.seed)
         check_at_least(2, train_samples=self.train_samples, test_samples=self.test_samples)
         if not 0.0 <= self.shrinkage <= 1.0:
             raise ConfigError(f"shrinkage must be from 0 to 1, got {self.shrinkage}")
@@ -80,13 +72,13 @@ class CovarianceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CovarianceRow:
-    """One model. ``size`` is the depth or the rank; ``numbers`` what it stores beside the mean.
+    """One model. ``rank`` is that of the factors, else 0; ``numbers`` are those free beside the mean.
 
     ``error`` is relative, in the Frobenius norm; log-likelihoods are nats an image (patch).
     """
 
     model: str
-    size: int
+    rank: int
     numbers: int
     error: float
     train_log_likelihood: float
@@ -143,22 +135,26 @@ def principal_components(covariance: Tensor, rank: int) -> Tensor:
     return leading + torch.diag((covariance - leading).diagonal())
 
 
-def _butterfly(covariance: Tensor, depth: int, criterion: str, config: CovarianceConfig) -> Tensor:
-    options = FitOptions(depth=depth, steps=config.steps, lr=config.lr)
-    return fit_symmetric(covariance, options, criterion=criterion).operator.to_dense()
+def factor_numbers(n: int, rank: int) -> int:
+    """Free numbers of factors ``(n, rank)``, which are known up to a rotation."""
+    return n * rank - rank * (rank - 1) // 2
+
+
+def equal_rank(n: int, angles: int) -> int:
+    """The rank whose factors have as many free numbers, as nearly as may be."""
+    return min(range(1, n), key=lambda rank: abs(factor_numbers(n, rank) - angles))
 
 
 def _models(covariance: Tensor, config: CovarianceConfig) -> Iterator[tuple[str, int, int, Callable[[], Tensor]]]:
-    """Name, depth or rank, numbers stored, and what computes the dense matrix."""
+    """Name, rank of the factors, free numbers, and what computes the dense matrix."""
     n = len(covariance)
     yield "diagonal", 0, n, lambda: torch.diag(covariance.diagonal())
-    for depth in config.depths:
-        rank = max(1, round(depth * num_stages(n) / 2))
-        numbers = depth * num_stages(n) * (n // 2) + n
-        for name, criterion in (("butterfly, likelihood", "logdet"), ("butterfly, energy", "energy")):
-            yield name, depth, numbers, lambda d=depth, c=criterion: _butterfly(covariance, d, c, config)  # type: ignore[misc]
-        yield "factor analysis", rank, n * rank + n, lambda r=rank: factor_analysis(covariance, r)  # type: ignore[misc]
-        yield "PCA + diagonal", rank, n * rank + n, lambda r=rank: principal_components(covariance, r)  # type: ignore[misc]
+    for name, plan in config.plans.items():
+        yield name, 0, plan.angles(n) + n, lambda p=plan: p.fit(covariance).to_dense()  # type: ignore[misc]
+    for rank in sorted({equal_rank(n, plan.angles(n)) for plan in config.plans.values()}):
+        numbers = factor_numbers(n, rank) + n
+        yield "factor analysis", rank, numbers, lambda r=rank: factor_analysis(covariance, r)  # type: ignore[misc]
+        yield "PCA + diagonal", rank, numbers, lambda r=rank: principal_components(covariance, r)  # type: ignore[misc]
     yield "full", n, n * (n + 1) // 2, lambda: covariance
 
 
@@ -175,7 +171,7 @@ def run(config: CovarianceConfig, folder: Path) -> list[CovarianceRow]:
     target = sample_covariance.diagonal().mean() * torch.eye(n, dtype=torch.float64)
     covariance = (1 - amount) * sample_covariance + amount * target
     print(f"{len(train)} training and {len(test)} test vectors of {n} coordinates, shrinkage {amount:.3g}")
-    print("| model | depth or rank | numbers | relative error | train log-likelihood | test log-likelihood |")
+    print("| model | rank | free numbers | relative error | train log-likelihood | test log-likelihood |")
     print("|---|---|---|---|---|---|")
     rows = []
     for name, size, numbers, build in _models(covariance, config):
@@ -193,8 +189,6 @@ def run(config: CovarianceConfig, folder: Path) -> list[CovarianceRow]:
 
 STYLES: dict[str, dict[str, Any]] = {
     "diagonal": {"color": BLACK, "marker": "D"},
-    "butterfly, likelihood": {"color": BLUE, "marker": "o"},
-    "butterfly, energy": {"color": SKY, "marker": "s", "linestyle": "--"},
     "factor analysis": {"color": VERMILION, "marker": "^"},
     "PCA + diagonal": {"color": ORANGE, "marker": "v", "linestyle": "--"},
     "full": {"color": "0.5", "marker": "*"},
@@ -202,7 +196,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def draw(config: CovarianceConfig, rows: list[CovarianceRow], folder: Path) -> None:
-    """Error and held-out log-likelihood against the numbers stored."""
+    """Error and held-out log-likelihood against the free numbers."""
     figure, axes = new_figure(1, 2, width=7.6, height=3.4)
     panels = (
         ("error", r"$\|C - A\|_F \;/\; \|C\|_F$"),
@@ -211,16 +205,16 @@ def draw(config: CovarianceConfig, rows: list[CovarianceRow], folder: Path) -> N
     if config.patch:
         panels = (panels[0], (panels[1][0], "held-out log-likelihood (nats per patch)"))
     for axis, (field, label) in zip(axes[0], panels, strict=True):
-        for name, style in STYLES.items():
+        for name, style in (STYLES | dict(zip(config.plans, itertools.cycle(PLAN_STYLES), strict=False))).items():
             chosen = [row for row in rows if row.model == name]
             points = ([row.numbers for row in chosen], [getattr(row, field) for row in chosen])
             axis.plot(*points, label=name, markersize=5, linewidth=1.2, clip_on=False, zorder=3, **style)
         axis.set(xscale="log")
-        axis.set_xlabel("numbers stored beside the mean", fontsize=8)
+        axis.set_xlabel("free numbers beside the mean", fontsize=8)
         axis.set_ylabel(label, fontsize=8)
     axes[0, 0].set_ylim(bottom=0)
     source = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "folder": Path(config.dataset.root).name}
     what = f"{config.patch} x {config.patch} patches" if config.patch else "images"
     figure.suptitle(f"Covariance of {what}: {source[config.dataset.name]}", fontsize=9)
-    add_legend(figure, axes, columns=6)
+    add_legend(figure, axes, columns=4)
     save_figure(figure, folder, "covariance")

@@ -26,13 +26,14 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#D55E00",
     "#CC79A7",
 )
-DEPTH_STYLES = (
+PLAN_STYLES = (
     {"color": SKY, "marker": "o"},
     {"color": BLUE, "marker": "s"},
     {"color": GREEN, "marker": "^"},
     {"color": BLACK, "marker": "D"},
+    {"color": PURPLE, "marker": "v"},
 )
-"""Of the depths of a figure, in ascending order; from the fifth on they repeat."""
+"""Of the butterflies of a figure, in order; after the last one they repeat."""
 
 
 def load(section_type: type, path: Path, overrides: Sequence[str]) -> Any:

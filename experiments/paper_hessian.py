@@ -11,6 +11,7 @@ they are judged by the exact Hessian H (autograd, float64). H of a network is in
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from scipy.optimize import BFGS, LbfgsInvHessProduct
 from torch import Tensor
 
-from butterfly_opt import FitOptions, SecantEstimate, fit_symmetric
+from butterfly_opt import SecantEstimate
 from experiments.config import ConfigError
 from experiments.paper_files import (
     BLACK,
@@ -29,6 +30,7 @@ from experiments.paper_files import (
     PURPLE,
     SKY,
     VERMILION,
+    YELLOW,
     add_legend,
     check_at_least,
     new_figure,
@@ -36,6 +38,7 @@ from experiments.paper_files import (
     write_rows,
 )
 from experiments.paper_models import Objective, digits_objectives
+from experiments.paper_plans import PlanConfig
 
 MEMORY = 10
 """Pairs that L-BFGS keeps."""
@@ -63,25 +66,27 @@ class HessianConfig:
         problems: by name.
         checkpoints: steps at which the estimates are judged, ascending; the last one ends the run.
         batch_size: of Adam's steps; pairs are of the full batch.
-        depth: of the tracked butterflies.
-        fit_depth: of the butterfly fitted to the exact Hessian.
-        fit_steps: angle steps of this fit.
+        block: of the tracked butterflies, coordinates of a group.
+        lead: of the same, outputs of a group that go on.
+        plans: butterflies fitted to the exact Hessian, by name.
         seed: of the weights, batches and probes.
     """
 
     problems: dict[str, ProblemConfig]
     checkpoints: list[int]
     batch_size: int = 128
-    depth: int = 1
-    fit_depth: int = 4
-    fit_steps: int = 100
+    block: int = 64
+    lead: int = 16
+    plans: dict[str, PlanConfig] = dataclasses.field(default_factory=dict)
     seed: int = 0
     run_dir: str | None = None
 
     def __post_init__(self) -> None:
         check_at_least(1, checkpoints=self.checkpoints, batch_size=self.batch_size)
-        check_at_least(1, depth=self.depth, fit_depth=self.fit_depth)
-        check_at_least(0, fit_steps=self.fit_steps, seed=self.seed)
+        PlanConfig(self.block, self.lead)
+        if self.lead == self.block:
+            raise ConfigError(f"pairs need lead < block, got lead = block = {self.block}")
+        check_at_least(0, seed=self.seed)
         if sorted(set(self.checkpoints)) != self.checkpoints:
             raise ConfigError(f"checkpoints must be ascending, got {self.checkpoints}")
         for name, problem in self.problems.items():
@@ -112,9 +117,9 @@ class HessianRow:
 class _Secant:
     """Butterflies for parts of the flat vector, each reshaped."""
 
-    def __init__(self, shapes: Sequence[torch.Size], *, depth: int = 1, stages: int | None = None) -> None:
+    def __init__(self, shapes: Sequence[torch.Size], *, block: int, lead: int) -> None:
         self.shapes = shapes
-        self.parts = [SecantEstimate(shape, depth=depth, stages=stages, dtype=torch.float64) for shape in shapes]
+        self.parts = [SecantEstimate(shape, block=block, lead=lead, dtype=torch.float64) for shape in shapes]
 
     def update(self, s: Tensor, y: Tensor) -> None:
         sizes = [shape.numel() for shape in self.shapes]
@@ -123,6 +128,24 @@ class _Secant:
 
     def dense(self) -> Tensor:
         return torch.block_diag(*(part.inverse_hessian().to_dense() for part in self.parts))
+
+
+class _Diagonal:
+    """``|h|`` of the least squares of ``y - h s``, one coordinate at a time; every pair counts alike."""
+
+    def __init__(self, n: int) -> None:
+        self.cross, self.energy = torch.zeros(2, n, dtype=torch.float64)
+
+    def update(self, s: Tensor, y: Tensor) -> None:
+        weight = 1 / s.square().sum()
+        self.cross += weight * s * y
+        self.energy += weight * s.square()
+
+    def dense(self) -> Tensor:
+        tiny = torch.finfo(self.cross.dtype).tiny
+        h = self.cross.abs() / self.energy.clamp_min(tiny)
+        # Pixels that are zero everywhere never move.
+        return torch.diag(1 / torch.where(h > 0, h, h[h > 0].mean()))
 
 
 class _DenseBFGS:
@@ -162,13 +185,13 @@ class _LimitedBFGS:
         return (matrix + matrix.T) / 2
 
 
-def new_trackers(objective: Objective, depth: int) -> dict[str, Any]:
+def new_trackers(objective: Objective, config: HessianConfig) -> dict[str, Any]:
     """Everything that learns from pairs: ``update(s, y)``, ``dense()``."""
-    flat = torch.Size((objective.n,))
+    plan = {"block": config.block, "lead": config.lead}
     return {
-        "butterfly, layers": _Secant(objective.shapes, depth=depth),
-        "butterfly, flat": _Secant([flat], depth=depth),
-        "diagonal": _Secant([flat], stages=0),
+        "butterfly, layers": _Secant(objective.shapes, **plan),
+        "butterfly, flat": _Secant([torch.Size((objective.n,))], **plan),
+        "diagonal": _Diagonal(objective.n),
         "L-BFGS": _LimitedBFGS(objective.n),
         "dense BFGS": _DenseBFGS(objective.n),
     }
@@ -209,15 +232,19 @@ def judge(estimate: Tensor, values: Tensor, vectors: Tensor, damping: float) -> 
     return error.item(), (spectrum[-1] / spectrum[0]).item() if spectrum[0] > 0 else float("inf")
 
 
+def fitted(name: str) -> str:
+    """What the butterfly ``name`` fitted to the exact Hessian is called."""
+    return f"{name} fitted to H"
+
+
 def _references(absolute: Tensor, config: HessianConfig) -> dict[str, Tensor]:
     """What no tracker can know: made from ``|H|`` itself."""
     n = len(absolute)
     inverse = torch.linalg.inv(absolute)
-    fit = fit_symmetric(absolute, FitOptions(depth=config.fit_depth, steps=config.fit_steps), criterion="logdet")
     return {
         "multiple of I": inverse.trace() / n * torch.eye(n, dtype=absolute.dtype),
         "exact diagonal": torch.diag(1 / absolute.diagonal()),
-        "butterfly fitted to H": fit.operator.inverse().to_dense(),
+        **{fitted(name): plan.fit(absolute).inverse().to_dense() for name, plan in config.plans.items()},
     }
 
 
@@ -256,7 +283,7 @@ def run(config: HessianConfig, folder: Path) -> list[HessianRow]:
     print("|---|---|---|---|---|---|")
     for name, problem in config.problems.items():
         objective, _ = digits_objectives(hidden=problem.hidden, l2=problem.l2)
-        learned = {kind: new_trackers(objective, config.depth) for kind in PAIRS}
+        learned = {kind: new_trackers(objective, config) for kind in PAIRS}
         for step, theta, pairs in path(objective, problem, config):
             for kind, trackers in learned.items():
                 for tracker in trackers.values():
@@ -274,7 +301,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "diagonal": {"color": ORANGE, "marker": "v"},
     "L-BFGS": {"color": VERMILION, "marker": "^"},
     "dense BFGS": {"color": PURPLE, "marker": "D"},
-    "butterfly fitted to H": {"color": GREEN, "linestyle": "--"},
     "exact diagonal": {"color": BLACK, "linestyle": ":"},
     "multiple of I": {"color": "0.6", "linestyle": "--"},
 }
@@ -285,12 +311,14 @@ def draw(config: HessianConfig, rows: list[HessianRow], folder: Path) -> None:
 
     Lines without markers are made from H itself.
     """
+    lines = [{"color": color, "linestyle": "-."} for color in (GREEN, YELLOW, BLACK)]
+    references = dict(zip(map(fitted, config.plans), itertools.cycle(lines), strict=False))
     columns = [(name, kind) for name in config.problems for kind in PAIRS]
     figure, axes = new_figure(2, len(columns), width=2.4 * len(columns) + 0.4, height=5.0, sharex=True, sharey="row")
     fields = (("relative_error", "relative error of the inverse"), ("condition", r"condition number of $P\,H$"))
     for column, (name, kind) in enumerate(columns):
         for axis, (field, _) in zip(axes[:, column], fields, strict=True):
-            for method, style in STYLES.items():
+            for method, style in (STYLES | references).items():
                 chosen = [
                     row for row in rows if row.problem == name and row.method == method and row.pairs in (kind, "exact")
                 ]

@@ -14,7 +14,6 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from experiments.config import (
     Component,

@@ -1,6 +1,6 @@
 """Uses of the inverse Hessian after training.
 
-python -m experiments.uses {influence,laplace,preconditioner} [--depth 4] [--steps 100] [--n 256] [--seed 0]
+python -m experiments.uses {influence,laplace,preconditioner} [--block 64] [--lead 16] [--n 256] [--seed 0]
 
 Each example prints a Markdown table that compares estimates from several sources (`experiments/uses_model.py`) with the
 exact inverse on a small model, where they help and where they do not.
@@ -24,21 +24,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one example."""
     parser = argparse.ArgumentParser(prog="python -m experiments.uses", description="Uses of the inverse Hessian.")
     parser.add_argument("use", choices=L2)
-    parser.add_argument("--depth", type=int, default=4, help="butterflies of a fit (default: 4)")
-    parser.add_argument("--steps", type=int, default=100, help="angle steps of a fit (default: 100)")
+    parser.add_argument("--block", type=int, default=64, help="coordinates of a group (default: 64)")
+    parser.add_argument("--lead", type=int, default=16, help="outputs of a group that go on (default: 16)")
     parser.add_argument("--n", type=int, default=256, help="order of the synthetic matrices (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of probes and samples (default: 0)")
     arguments = parser.parse_args(argv)
-    depth, steps, seed = arguments.depth, arguments.steps, arguments.seed
+    plan, seed = {"block": arguments.block, "lead": arguments.lead}, arguments.seed
     model = trained(L2[arguments.use])
-    estimates = all_estimates(model, depth=depth, steps=steps, seed=seed)
+    estimates = all_estimates(model, **plan, seed=seed)
     if arguments.use == "influence":
         influence(model, estimates)
     elif arguments.use == "laplace":
         laplace(model, estimates, seed=seed)
     else:
         print("| system | preconditioner | iterations |\n|---|---|---|")
-        fitted_systems(n=arguments.n, depth=depth, steps=steps, seed=seed)
+        fitted_systems(n=arguments.n, **plan, seed=seed)
         held_out_systems(model, estimates)
 
 

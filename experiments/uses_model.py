@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from butterfly_opt import Butterfly, DirectSum, FitOptions, RotatedDiagonal, SecantEstimate, fit_inverse
+from butterfly_opt import Basis, Butterfly, DirectSum, RotatedDiagonal, SecantEstimate, fit_inverse, secant
 from butterfly_opt.operators import SymmetricOperator
 from experiments.paper_models import Objective, digits_objectives
 
@@ -38,27 +38,27 @@ def damped(estimate: SymmetricOperator, damping: float) -> SymmetricOperator:
 
 
 def diagonal(hessian: Tensor) -> RotatedDiagonal:
-    """``diag(1 / H_ii)``, from the exact Hessian: no angles."""
+    """``diag(1 / H_ii)``, from the exact Hessian: no rotation."""
     d = 1 / hessian.diagonal()
-    return RotatedDiagonal.from_angles(d.new_zeros(1, 0, len(d) // 2), d)
+    return RotatedDiagonal(Basis(d.shape), d)
 
 
-def fitted(model: Trained, *, depth: int, steps: int, seed: int) -> RotatedDiagonal:
+def fitted(model: Trained, *, block: int, lead: int, seed: int) -> RotatedDiagonal:
     """``fit_inverse`` on Gaussian probes s and ``y = H s``.
 
     The least squares behind it need as many pairs as parameters: as many products as the exact Hessian. What is saved
-    is its use: memory and time of a product are O(n log n), and damping, inverse and samples are closed forms.
+    is its use: memory and time of a product are O(n block), and damping, inverse and samples are closed forms.
     """
     generator = torch.Generator().manual_seed(seed)
     s = torch.randn(model.train.n * 11 // 10, model.train.n, generator=generator, dtype=torch.float64)
     pairs = [(s, model.train.product(model.theta, s))]
-    return fit_inverse(pairs, FitOptions(depth=depth, steps=steps)).operator
+    return fit_inverse(pairs, block=block, lead=lead).operator
 
 
-def probed(model: Trained, *, seed: int) -> DirectSum:
+def probed(model: Trained, *, block: int, lead: int, seed: int) -> DirectSum:
     """``SecantEstimate`` of every weight and bias on few probes: no matrix of order n anywhere."""
     generator = torch.Generator().manual_seed(seed)
-    estimates = [SecantEstimate(shape, dtype=torch.float64) for shape in model.train.shapes]
+    estimates = [SecantEstimate(s, block=block, lead=lead, dtype=torch.float64) for s in model.train.shapes]
     for _ in range(PROBES):
         s = torch.randn(model.train.n, generator=generator, dtype=torch.float64)
         y = model.train.product(model.theta, s[None])[0]
@@ -68,22 +68,29 @@ def probed(model: Trained, *, seed: int) -> DirectSum:
     return DirectSum([((), estimate.inverse_hessian()) for estimate in estimates])
 
 
-def from_optimizer(model: Trained, *, steps: int = 100) -> DirectSum | RotatedDiagonal:
-    """What training with ``Butterfly`` leaves behind, for nothing: ``optimizer.inverse_hessian()``."""
+def from_optimizer(model: Trained, *, block: int, lead: int, steps: int = 100) -> RotatedDiagonal:
+    """What training with ``Butterfly`` leaves behind, for nothing: the estimate of its quasi-Newton steps."""
     params = [param.clone().requires_grad_() for param in model.train.parameters(model.train.start(0))]
-    optimizer = Butterfly(params, lr=0.7, betas=(0.5, 0.8), scaling="newton")
-    for _ in range(steps):
+    optimizer = Butterfly(params, lr=1.0, diagonal="newton", structure="flat", block=block, lead=lead)
+
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        model.train.loss(torch.cat([param.flatten() for param in params])).backward()
-        optimizer.step()
-    return optimizer.inverse_hessian()
+        loss = model.train.loss(torch.cat([param.flatten() for param in params]))
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    return secant.operator(optimizer.state[params[0]])
 
 
-def all_estimates(model: Trained, *, depth: int, steps: int, seed: int) -> dict[str, SymmetricOperator]:
+def all_estimates(model: Trained, *, block: int, lead: int, seed: int) -> dict[str, SymmetricOperator]:
     """Every source by name, the exact diagonal first."""
+    plan = {"block": block, "lead": lead}
     return {
         "diagonal": diagonal(model.hessian),
-        "Butterfly optimizer": from_optimizer(model),
-        f"SecantEstimate, {PROBES} probes": probed(model, seed=seed),
-        f"fit_inverse, depth {depth}": fitted(model, depth=depth, steps=steps, seed=seed),
+        "Butterfly optimizer": from_optimizer(model, **plan),
+        f"SecantEstimate, {PROBES} probes": probed(model, **plan, seed=seed),
+        "fit_inverse, radix 2": fitted(model, block=2, lead=2, seed=seed),
+        "fit_inverse, wide": fitted(model, **plan, seed=seed),
     }

@@ -14,7 +14,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg
 from torch import Tensor
 
-from butterfly_opt import FitOptions, fit_symmetric
+from butterfly_opt import fit_symmetric
 from butterfly_opt.operators import SymmetricOperator
 from experiments.paper_models import digits_objectives
 from experiments.paper_synthetic import FAMILIES
@@ -55,7 +55,7 @@ def iterations(system: LinearOperator, right: Tensor, preconditioner: SymmetricO
 def matrices(n: int, seed: int) -> dict[str, Tensor]:
     """Positive definite matrices of condition 1e3 (the last: as the data have it)."""
     generator = torch.Generator().manual_seed(seed)
-    found = {name: FAMILIES[name](n, generator).double() for name in ("planted", "haar")}
+    found = {name: FAMILIES[name](n, generator).double() for name in ("planted", "wide", "haar")}
     inputs = digits_objectives(l2=0.0)[0].inputs
     centred = inputs - inputs.mean(0)
     covariance = centred.T @ centred / len(centred)
@@ -84,17 +84,15 @@ def held_out_system(model: Trained, damping: float) -> LinearOperator:
     return LinearOperator((model.test.n, model.test.n), matvec=product, dtype=np.float64)
 
 
-def fitted_systems(*, n: int, depth: int, steps: int, seed: int) -> list[PreconditionerRow]:
-    """Matrices, preconditioned by fits of depth 1 and ``depth`` to themselves; prints lines of a Markdown table."""
+def fitted_systems(*, n: int, block: int, lead: int, seed: int) -> list[PreconditionerRow]:
+    """Matrices, preconditioned by fits to themselves; prints lines of a Markdown table."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for name, matrix in matrices(n, seed).items():
         candidates: dict[str, SymmetricOperator] = {"diagonal": diagonal(matrix)}
-        for butterflies in (1, depth):
-            options = FitOptions(depth=butterflies, steps=steps)
-            candidates[f"butterfly, depth {butterflies}"] = fit_symmetric(
-                matrix, options, criterion="logdet"
-            ).operator.inverse()
+        for label, plan in (("radix 2", (2, 2)), ("wide", (block, lead))):
+            fit = fit_symmetric(matrix, block=plan[0], lead=plan[1], criterion="logdet")
+            candidates[f"butterfly, {label}"] = fit.operator.inverse()
         right = torch.randn(len(matrix), generator=generator, dtype=torch.float64)
         rows += _compare(f"{name}, n {len(matrix)}", aslinearoperator(matrix.numpy()), right, candidates)
     return rows

@@ -37,7 +37,7 @@ def keywords(kind: type) -> dict[str, inspect.Parameter]:
 def test_defaults_of_the_signature() -> None:
     own = keywords(Butterfly)
     assert {name: own[name].default for name in own} == {
-        "lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "foreach": None,
+        "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "foreach": None,
         "maximize": False, "capturable": False, "differentiable": False, "fused": None,
         "decoupled_weight_decay": False, "diagonal": "innovation", "structure": "axes", "block": 64, "lead": 16,
         "refit_every": 10, "on_nonfinite": "skip", "stochastic_rounding": False, "backend": "auto",

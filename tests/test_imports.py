@@ -26,7 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "layout": set(),
     "options": {"layout", "plan"},
     "stack": {"layout", "plan", "rotation", "options", "secant", "newton"},
-    "step": {"stack", "diagonal", "rounding", "rotation"},
+    "step": {"stack", "diagonal", "options", "rounding", "rotation"},
     "estimate": {"stack", "step", "diagonal", "rotation", "basis", "operators"},
     "diagnostics": {"stack", "estimate", "rotation"},
     "fused": {"step", "stack", "diagonal", "rotation", "plan", "triton_kernels"},

@@ -23,18 +23,19 @@ from experiments.paper_covariance import CovarianceConfig, CovarianceRow
 from experiments.paper_files import load
 from experiments.paper_hessian import HessianConfig, HessianRow, ProblemConfig
 from experiments.paper_models import Objective, digits_objectives
+from experiments.paper_plans import PlanConfig
 from experiments.paper_synthetic import SyntheticRow
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
+PLANS = "{radix 2: {block: 2, lead: 2}, wide: {block: 16, lead: 4}}"
 TINY = {
-    "synthetic": ["sizes=[16,20]", "depths=[1]", "steps=3", "budgets=[0,5]", "budget_size=16", "budget_depths=[1,2]"],
-    "covariance": ["depths=[1,2]", "steps=20"],
+    "synthetic": ["sizes=[16,20]", "row_size=16", "rotations=2", f"plans={PLANS}"],
+    "covariance": [f"plans={PLANS}"],
     "hessian": [
         "problems={mlp: {hidden: [2], l2: 0.01, damping: 0.1, lr: 0.01}, linear: {l2: 0.01, damping: 0.1, lr: 0.01}}",
         "checkpoints=[2,6]",
-        "fit_depth=1",
-        "fit_steps=3",
+        "plans={ours: {block: 16, lead: 4}}",
     ],
 }
 ROWS = {"synthetic": SyntheticRow, "covariance": CovarianceRow, "hessian": HessianRow}
@@ -72,18 +73,23 @@ def test_every_config_loads() -> None:
 
 def test_synthetic_finds_what_is_planted_and_not_what_is_random(tables: dict[str, list[dict[str, str]]]) -> None:
     table = tables["synthetic"]
-    assert len(table) == 4 * 2 * 2 + 2 * 4
+    assert len(table) == 5 * 2 * (3 + 2)
     for row in table:
         error, flat = float(row["error"]), float(row["diagonal_error"])
         assert error <= flat
-        if row["family"] == "planted":
-            assert error < 1e-5 < 0.5 < flat
-        elif row["family"] == "haar" and row["depth"] == "1":
+        if row["rotations"] == "0":
+            assert (error, row["angles"]) == (flat, "0")
+        elif (row["family"], row["plan"]) in (("planted", "radix 2"), ("wide", "wide")) and row["n"] == "16":
+            assert error < 1e-10 < 0.2 < flat
+        elif row["family"] == "haar" and row["plan"] == "radix 2":
             assert error > 0.2
-    # 4 stages of 8 pairs; 20 coordinates have 10 + 10 + 8 + 8 + 4 pairs.
-    assert {(row["n"], row["angles"]) for row in table if row["depth"] == "1"} == {("16", "32"), ("20", "40")}
-    budgets = [row for row in table if row["study"] == "steps"]
-    assert {(row["depth"], row["steps"]) for row in budgets} == {(d, s) for d in "12" for s in "05"}
+    # Radix 2: 4 stages of 8 pairs; 20 coordinates have 10 + 10 + 8 + 8 + 4 pairs.
+    # Wide: 16 coordinates are dense; 20 have two leaves of 10, less what is shared, and a root of 8.
+    single = {(row["plan"], row["n"], row["angles"]) for row in table if row["rotations"] == "1"}
+    wide = {("wide", "16", str(16 * 15 // 2)), ("wide", "20", str(2 * (45 - 6) + 28))}
+    assert single == {("radix 2", "16", "32"), ("radix 2", "20", "40")} | wide
+    in_a_row = [row for row in table if row["study"] == "rotations"]
+    assert {(row["plan"], row["rotations"]) for row in in_a_row} == {(p, k) for p in ("radix 2", "wide") for k in "012"}
 
 
 @pytest.mark.parametrize("family", paper_synthetic.FAMILIES)
@@ -101,19 +107,20 @@ def test_families_are_what_they_say(family: str) -> None:
 
 def test_covariance_table(tables: dict[str, list[dict[str, str]]]) -> None:
     table = tables["covariance"]
-    by_model = {(row["model"], int(row["size"])): row for row in table}
+    by_model = {(row["model"], int(row["rank"])): row for row in table}
     train = {key: float(row["train_log_likelihood"]) for key, row in by_model.items()}
     full = train["full", 64]
     assert all(value <= full for value in train.values())
     assert float(by_model["full", 64]["error"]) == 0.0
-    # Equal memory: 6 stages of 32 angles a butterfly, half as many factors of 64 numbers.
-    for depth, rank in ((1, 3), (2, 6)):
-        ours, theirs = by_model["butterfly, likelihood", depth], by_model["factor analysis", rank]
-        assert ours["numbers"] == theirs["numbers"] == str(depth * 6 * 32 + 64)
-        energy = by_model["butterfly, energy", depth]
-        assert float(energy["error"]) < float(ours["error"]) < float(by_model["diagonal", 0]["error"])
-        assert train["butterfly, likelihood", depth] > train["butterfly, energy", depth]
-        assert train["butterfly, likelihood", depth] > train["factor analysis", rank] > train["diagonal", 0]
+    # 6 stages of 32 pairs; 4 leaves of 16, less what is shared, and a root of 16: about as many as 3 and 10 factors.
+    for name, angles, rank in (("radix 2", 192, 3), ("wide", 4 * (120 - 6) + 120, 10)):
+        ours, theirs = by_model[name, 0], by_model["factor analysis", rank]
+        assert int(ours["numbers"]) == angles + 64
+        assert int(theirs["numbers"]) == 64 * rank - rank * (rank - 1) // 2 + 64
+        assert abs(int(ours["numbers"]) - int(theirs["numbers"])) < 40
+        assert float(ours["error"]) < float(by_model["diagonal", 0]["error"])
+        assert train[name, 0] > train["diagonal", 0]
+    assert train["wide", 0] > train["radix 2", 0]
 
 
 def test_models_of_a_covariance() -> None:
@@ -141,7 +148,9 @@ def test_patches_are_cut_from_the_images(monkeypatch: pytest.MonkeyPatch) -> Non
     split = dataclasses.replace(data.train, images=places.expand(40, 1, 8, 8), targets=torch.zeros(40))
     shown = dataclasses.replace(data, train=split, test=split, max_value=1)
     monkeypatch.setattr(paper_covariance, "load_dataset", lambda config: shown)
-    config = CovarianceConfig(DatasetConfig("digits"), depths=[1], steps=1, patch=3, train_samples=30, test_samples=5)
+    config = CovarianceConfig(
+        DatasetConfig("digits"), {"radix 2": PlanConfig(2, 2)}, patch=3, train_samples=30, test_samples=5
+    )
     train, test = paper_covariance.image_vectors(config)
     assert (train.shape, test.shape) == ((30, 9), (5, 9))
     first = train[:, :1]
@@ -200,11 +209,11 @@ def test_trackers_against_the_reference() -> None:
         limited.update(torch.from_numpy(s), torch.from_numpy(y))
     np.testing.assert_allclose(limited.dense().numpy(), inverse, rtol=1e-8, atol=1e-10)
     diagonal = torch.tensor([1.0, 2.0, 5.0, 10.0]).double()
-    flat = paper_hessian._Secant([torch.Size((4,))], stages=0)
+    flat = paper_hessian._Diagonal(4)
     for _ in range(20):
         step = torch.from_numpy(rng.standard_normal(4))
         flat.update(step, diagonal * step)
-    torch.testing.assert_close(flat.dense(), torch.diag(1 / diagonal), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(flat.dense(), torch.diag(1 / diagonal), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("hidden", [(), (3,)])
@@ -235,13 +244,14 @@ def test_objective_and_its_derivatives(hidden: tuple[int, ...]) -> None:
     [
         ("synthetic", "families=[harr]", "unknown family 'harr'; did you mean 'haar'"),
         ("synthetic", "sizes=[1]", "sizes must be at least 2, got"),
-        ("synthetic", "depths=[]", "depths must be at least 1, got"),
-        ("synthetic", "lr=0.0", "lr must be above 0, got 0.0"),
+        ("synthetic", "plans={}", "plans must name at least one butterfly, got none"),
+        ("synthetic", "plans={mine: {block: 8, lead: 5}}", "Invalid lead value: 5, expected at most block // 2 = 4"),
+        ("synthetic", "plans={mine: {block: 8, lead: 2, rotations: 0}}", "rotations must be at least 1, got 0"),
         ("synthetic", "sizez=[4]", "unknown key 'sizez'; did you mean 'sizes'"),
-        ("covariance", "lr=0.0", "lr must be above 0, got 0.0"),
         ("covariance", "shrinkage=0.5", "leave out shrinkage=0.5"),
         ("covariance", "train_samples=1", "train_samples must be at least 2, got 1"),
         ("covariance", "patch=9", "patch must be at most 8, the side of the images, got 9"),
+        ("hessian", "lead=64", "pairs need lead < block, got lead = block = 64"),
         ("hessian", "checkpoints=[3,2]", "checkpoints must be ascending"),
         ("hessian", "problems.logistic.lr=0.0", "problems.logistic.lr must be above 0, got 0.0"),
         ("hessian", "problems.logistic.damping=-1.0", "problems.logistic.damping must be at least 0, got -1.0"),
@@ -256,7 +266,7 @@ def test_mistakes_are_named(
 
 def test_shrinkage_has_bounds_and_a_used_folder_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"shrinkage must be from 0 to 1, got 1\.5"):
-        CovarianceConfig(DatasetConfig("digits"), depths=[1], steps=1, shrinkage=1.5)
+        CovarianceConfig(DatasetConfig("digits"), {"radix 2": PlanConfig(2, 2)}, shrinkage=1.5)
     (tmp_path / "mine").touch()
     assert paper.main(["covariance", f"run_dir={tmp_path}"]) == 2
     assert "is not empty" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_groups_cover_every_coordinate_once(n: int, block: int, lead: int) -> No
         assert len(stage.runs) <= 3
     reached = explicit(plan, random_rotation(n, block, lead).matrices) if n < 200 else torch.eye(n)
     if block > 2 and not plan.is_full:
-        assert len(plan.stages[-1].runs) == plan.stages[-1].runs[0].count == 1, "one root"
+        assert len(plan.stages[-1].runs) == plan.stages[-1].runs[0].groups == 1, "one root"
     if plan.is_full and n in (block, block**2, block**3, block**6):
         assert (reached != 0).all(), "every output depends on every coordinate"
 

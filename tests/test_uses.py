@@ -1,6 +1,6 @@
 """experiments.uses and its parts. Oracles: dense inverses, retraining, scipy's cg on dense matrices.
 
-Bounds are what the examples claim, with room below what was measured (beside them), for fits with few steps.
+Bounds are what the examples claim, with room below what was measured (beside them).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from butterfly_opt import RotatedDiagonal
+from butterfly_opt import RotatedDiagonal, Rotation
 from butterfly_opt.operators import SymmetricOperator
-from butterfly_opt.rotation import angles_shape
+from butterfly_opt.rotation import orthogonalize
 from experiments import uses, uses_influence, uses_laplace, uses_model, uses_preconditioner
 from experiments.paper_models import Objective
 from experiments.uses_influence import InfluenceRow, influence
@@ -20,9 +20,18 @@ from experiments.uses_laplace import LaplaceRow, laplace
 from experiments.uses_model import Trained, trained
 from experiments.uses_preconditioner import PreconditionerRow, fitted_systems, held_out_systems, iterations
 
-DEPTH, STEPS = 4, 20
-FIT = f"fit_inverse, depth {DEPTH}"
-SOURCES = {"diagonal", "Butterfly optimizer", f"SecantEstimate, {uses_model.PROBES} probes", FIT}
+PLAN = {"block": 64, "lead": 16}
+FIT, PROBED, OPTIMIZER = "fit_inverse, wide", f"SecantEstimate, {uses_model.PROBES} probes", "Butterfly optimizer"
+SOURCES = {"diagonal", OPTIMIZER, PROBED, "fit_inverse, radix 2", FIT}
+
+
+def rotated(values: torch.Tensor) -> RotatedDiagonal:
+    """An operator of these eigenvalues in a random basis of two stages."""
+    rotation = Rotation.identity(len(values), block=4, lead=2, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for view in (view for runs in rotation.plan.views(rotation.matrices) for view in runs):
+        view.copy_(orthogonalize(torch.randn(view.shape, generator=generator, dtype=torch.float64)))
+    return RotatedDiagonal.from_rotation(rotation, values)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,7 @@ def model() -> Trained:
 
 @pytest.fixture(scope="module")
 def estimates(model: Trained) -> dict[str, SymmetricOperator]:
-    return uses_model.all_estimates(model, depth=DEPTH, steps=STEPS, seed=0)
+    return uses_model.all_estimates(model, **PLAN, seed=0)
 
 
 def test_training_ends_at_the_minimum(model: Trained) -> None:
@@ -50,9 +59,7 @@ def test_training_ends_at_the_minimum(model: Trained) -> None:
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_damped_is_the_inverse_of_the_shifted(damping: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    angles = torch.randn(angles_shape(8), generator=generator, dtype=torch.float64)
-    estimate = RotatedDiagonal.from_angles(angles, torch.linspace(0.5, 4, 8, dtype=torch.float64))
+    estimate = rotated(torch.linspace(0.5, 4, 8, dtype=torch.float64))
     expected = torch.linalg.inv(torch.linalg.inv(estimate.to_dense()) + damping * torch.eye(8, dtype=torch.float64))
     torch.testing.assert_close(uses_model.damped(estimate, damping).to_dense(), expected)
 
@@ -82,7 +89,7 @@ def test_influence_ranks_training_samples(model: Trained, estimates: dict[str, S
         assert ours.relative_error < 1 < flat.relative_error  # 0.56, 0.13; 14.5, 5.3
     # Without damping the inverse matters: gradients alone rank badly.
     assert influences["multiple of I", 0.0].rank_correlation < 0.4
-    assert influences["SecantEstimate, 300 probes", 0.0].rank_correlation > 0.4  # 0.48
+    assert influences[PROBED, 0.0].rank_correlation > 0.4  # 0.48
     assert influences["multiple of I", 0.1].rank_correlation > 0.8
 
 
@@ -136,14 +143,14 @@ def test_laplace_variances_and_samples(model: Trained, estimates: dict[str, Symm
 
 
 def test_preconditioning_where_it_must_help_and_where_it_cannot() -> None:
-    rows = fitted_systems(n=64, depth=DEPTH, steps=STEPS, seed=0)
+    rows = fitted_systems(n=64, block=16, lead=4, seed=0)
     assert all(isinstance(row, PreconditionerRow) for row in rows)
     count = {(row.system, row.preconditioner): row.iterations for row in rows}
-    assert count["planted, n 64", "butterfly, depth 1"] <= 4  # the basis is found: nearly the identity is left
+    assert count["planted, n 64", "butterfly, radix 2"] <= 4  # the basis is found: nearly the identity is left
     assert count["planted, n 64", "none"] > 40
-    ridge = [count["ridge on digits, n 64", name] for name in ("none", "diagonal", "butterfly, depth 1")]
+    ridge = [count["ridge on digits, n 64", name] for name in ("none", "diagonal", "butterfly, radix 2")]
     assert ridge[2] < 0.8 * ridge[1] < 0.5 * ridge[0]  # 39, 60, 135
-    haar = [count["haar, n 64", name] for name in ("none", "diagonal", "butterfly, depth 1")]
+    haar = [count["haar, n 64", name] for name in ("none", "diagonal", "butterfly, radix 2")]
     assert haar[2] > 0.5 * haar[0]
 
 
@@ -157,8 +164,7 @@ def test_preconditioning_of_held_out_newton_steps(model: Trained, estimates: dic
 def test_iterations_are_those_of_cg() -> None:
     """As many as distinct eigenvalues; one with the inverse itself; an error where it cannot converge."""
     values = torch.tensor([1.0] * 5 + [10.0] * 6 + [100.0] * 5, dtype=torch.float64)
-    angles = torch.randn(angles_shape(16), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    operator = RotatedDiagonal.from_angles(angles, values)
+    operator = rotated(values)
     right = torch.ones(16, dtype=torch.float64)
     assert iterations(operator.to_scipy(), right, None) == 3
     assert iterations(operator.to_scipy(), right, operator.inverse()) == 1
@@ -184,6 +190,6 @@ def test_the_command_passes_its_options(
     made: list[str] = []
     for name in ("influence", "laplace", "fitted_systems", "held_out_systems"):
         monkeypatch.setattr(uses, name, lambda *arguments, name=name, **options: made.append(name))
-    uses.main([use, "--depth", "1", "--steps", "2", "--seed", "3"])
-    assert seen == [{"seed": 3, "depth": 1, "steps": 2}]
+    uses.main([use, "--block", "8", "--lead", "2", "--seed", "3"])
+    assert seen == [{"seed": 3, "block": 8, "lead": 2}]
     assert made == ([use] if use != "preconditioner" else ["fitted_systems", "held_out_systems"])

@@ -22,7 +22,6 @@ from torch import Tensor
 from experiments.config import ConfigError, DatasetConfig
 from experiments.data import load_dataset
 from experiments.paper_files import (
-    BLACK,
     ORANGE,
     PLAN_STYLES,
     VERMILION,
@@ -188,7 +187,7 @@ def run(config: CovarianceConfig, folder: Path) -> list[CovarianceRow]:
 
 
 STYLES: dict[str, dict[str, Any]] = {
-    "diagonal": {"color": BLACK, "marker": "D"},
+    "diagonal": {"color": "0.5", "marker": "x"},
     "factor analysis": {"color": VERMILION, "marker": "^"},
     "PCA + diagonal": {"color": ORANGE, "marker": "v", "linestyle": "--"},
     "full": {"color": "0.5", "marker": "*"},
@@ -197,7 +196,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def draw(config: CovarianceConfig, rows: list[CovarianceRow], folder: Path) -> None:
     """Error and held-out log-likelihood against the free numbers."""
-    figure, axes = new_figure(1, 2, width=7.6, height=3.4)
+    figure, axes = new_figure(1, 2, width=7.6, height=3.8)
     panels = (
         ("error", r"$\|C - A\|_F \;/\; \|C\|_F$"),
         ("test_log_likelihood", "held-out log-likelihood (nats per image)"),

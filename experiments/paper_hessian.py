@@ -131,21 +131,18 @@ class _Secant:
 
 
 class _Diagonal:
-    """``|h|`` of the least squares of ``y - h s``, one coordinate at a time; every pair counts alike."""
+    """``sqrt(sum y^2 / sum s^2)`` of each coordinate, every pair at weight 1: what the others add counts as noise."""
 
     def __init__(self, n: int) -> None:
-        self.cross, self.energy = torch.zeros(2, n, dtype=torch.float64)
+        self.sums = torch.zeros(2, n, dtype=torch.float64)
 
     def update(self, s: Tensor, y: Tensor) -> None:
-        weight = 1 / s.square().sum()
-        self.cross += weight * s * y
-        self.energy += weight * s.square()
+        self.sums += torch.stack((s, y)).square() / s.square().sum()
 
     def dense(self) -> Tensor:
-        tiny = torch.finfo(self.cross.dtype).tiny
-        h = self.cross.abs() / self.energy.clamp_min(tiny)
-        # Pixels that are zero everywhere never move.
-        return torch.diag(1 / torch.where(h > 0, h, h[h > 0].mean()))
+        moved = (self.sums > 0).all(0)  # pixels that are zero everywhere may have no gradient
+        h = torch.where(moved, self.sums[1] / self.sums[0], self.sums[1].sum() / self.sums[0].sum()).sqrt()
+        return torch.diag(1 / h)
 
 
 class _DenseBFGS:

@@ -29,8 +29,8 @@ class SyntheticConfig:
         families: names in ``FAMILIES``.
         plans: butterflies by name.
         sizes: orders n for the error against n.
-        row_size: order for the error against rotations in a row, from none to ``rotations``.
-        rotations: how many, at most.
+        row_size: order for the error against rotations in a row, of plans that have a single one.
+        rotations: how many in a row, at most.
         seeds: of the matrices; the median is drawn.
     """
 
@@ -138,17 +138,21 @@ def run(config: SyntheticConfig, folder: Path) -> list[SyntheticRow]:
     tasks += [("size", family, n) for n in config.sizes for family in config.families]
     rows: list[SyntheticRow] = []
     for study, family, n in tasks:
+        in_a_row = study == "rotations"
         for name, plan in config.plans.items():
+            if in_a_row and plan.rotations > 1:
+                continue
+            used = dataclasses.replace(plan, rotations=config.rotations) if in_a_row else plan
             for seed in config.seeds:
-                if study == "rotations":
-                    plan = dataclasses.replace(plan, rotations=config.rotations)
-                errors, seconds = _fit(family, n, plan, seed)
-                single = plan.angles(n) // plan.rotations
-                for count in range(len(errors)) if study == "rotations" else [plan.rotations]:
-                    own = (errors[count], errors[0], seconds)
-                    rows.append(SyntheticRow(study, family, n, name, count, seed, count * single, *own))
+                errors, seconds = _fit(family, n, used, seed)
+                for count in range(len(errors)) if in_a_row else [used.rotations]:
+                    angles = count * used.angles(n) // used.rotations
+                    own = (count, seed, angles, errors[count], errors[0], seconds)
+                    rows.append(SyntheticRow(study, family, n, name, *own))
                 print(
-                    f"{family}, n {n}, {name}: error {errors[-1]:.3g}, diagonal only {errors[0]:.3g} ({seconds:.1f} s)"
+                    f"{family}, n {n}, {name}, {used.rotations} in a row: error {errors[-1]:.3g}, diagonal only "
+                    f"{errors[0]:.3g} ({seconds:.1f} s)",
+                    flush=True,
                 )
         write_rows(folder / "synthetic.csv", rows)
     draw(config, rows, folder)
@@ -168,6 +172,8 @@ def draw(config: SyntheticConfig, rows: list[SyntheticRow], folder: Path) -> Non
         for axis, (study, key) in zip(axes[:, column], (("rotations", "rotations"), ("size", "n")), strict=True):
             shown = [row for row in rows if row.family == family and row.study == study]
             for index, name in enumerate(config.plans):
+                if not any(row.plan == name for row in shown):
+                    continue
                 points = _medians([row for row in shown if row.plan == name], key, "error")
                 axis.plot(*points, label=name, markersize=3.5, linewidth=1.2, **PLAN_STYLES[index % len(PLAN_STYLES)])
             flat = _medians(shown, key, "diagonal_error")

@@ -62,8 +62,7 @@ def test_a_non_finite_gradient_is_skipped(options: dict[str, Any], first: bool, 
     assert not torch.equal(params[0], before[0])
 
 
-@pytest.mark.parametrize("bad", BAD_VALUES)
-@pytest.mark.parametrize("at", [0, 1, 7])
+@pytest.mark.parametrize(("at", "bad"), [(0, NAN), (1, math.inf), (7, 1e30), (8, NAN)])
 @every_mode
 def test_the_run_goes_on_as_if_a_bad_step_had_not_been(options: dict[str, Any], at: int, bad: float) -> None:
     """Bit for bit, and after a checkpoint as well: the schedule of refits has not moved either."""
@@ -89,7 +88,7 @@ def test_the_run_goes_on_as_if_a_bad_step_had_not_been(options: dict[str, Any], 
         assert_same(own, other, skip=COUNTERS)
 
 
-@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("at", [0, 1, 4, 5])
 @every_mode
 def test_a_bad_step_of_one_tensor_among_its_like(options: dict[str, Any], at: int) -> None:
     """They share their operations: the state of the bad one keeps every bit, and a checkpoint goes on equally."""

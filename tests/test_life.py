@@ -4,7 +4,7 @@ Oracle: invariants. Parameters and state stay finite, of their shape and dtype; 
 what has no gradient, or none that is usable, keeps its parameters and its state bit for bit; gradients are never
 written; a reloaded or copied optimizer is equal and goes on equally.
 
-300 examples; more with HYPOTHESIS_EXAMPLES=5000 (a new seed each time).
+200 examples; more with HYPOTHESIS_EXAMPLES=5000 (a new seed each time).
 """
 
 import copy
@@ -248,11 +248,11 @@ class Life(RuleBasedStateMachine):
                     assert name not in state or not state[name].numel() or state[name].min() >= 0
 
 
-# Hypothesis: the same 300 examples on every run; a longer run is a search, with fresh ones.
+# Hypothesis: the same 200 examples on every run; a longer run is a search, with fresh ones.
 EXAMPLES = os.environ.get("HYPOTHESIS_EXAMPLES")
 TestLife = pytest.mark.filterwarnings("ignore:.*restarts", "ignore:.*their step was skipped")(Life.TestCase)
 TestLife.settings = settings(
-    max_examples=int(EXAMPLES or 300),
+    max_examples=int(EXAMPLES or 200),
     stateful_step_count=20,
     deadline=None,
     derandomize=EXAMPLES is None,

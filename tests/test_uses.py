@@ -70,7 +70,7 @@ def test_every_source_estimates_the_inverse(model: Trained, estimates: dict[str,
     torch.testing.assert_close(found["diagonal"].to_dense(), torch.diag(1 / model.hessian.diagonal()))
     inverse = torch.linalg.inv(model.hessian)
     errors = {name: (torch.linalg.norm(P.to_dense() - inverse) / inverse.norm()).item() for name, P in found.items()}
-    assert errors[FIT] < 0.3 < errors["diagonal"]
+    assert errors[FIT] < 0.2 < errors["fit_inverse, radix 2"] + 0.1 < errors["diagonal"]  # 0.09, 0.20, 0.40
     # In the units of an inverse Hessian: right to a factor on average.
     for P in found.values():
         assert 0.1 < (P.trace() / inverse.trace()).item() < 2
@@ -83,13 +83,14 @@ def test_influence_ranks_training_samples(model: Trained, estimates: dict[str, S
     assert {name for name, _ in influences} == {"multiple of I", *SOURCES}
     for damping in (0.0, 0.1):
         ours, flat = influences[FIT, damping], influences["multiple of I", damping]
-        assert ours.rank_correlation > 0.65  # 0.74, 0.91
-        assert ours.worst > 0.5  # 0.65, 0.82
-        assert ours.top > 0.7 > flat.top  # 85 %, 96 %; 40 %, 61 %
-        assert ours.relative_error < 1 < flat.relative_error  # 0.56, 0.13; 14.5, 5.3
+        assert ours.rank_correlation > 0.8  # 0.89, 0.99
+        assert ours.worst > 0.7  # 0.81, 0.97
+        assert ours.top > 0.85 > flat.top  # 95 %, 99 %; 40 %, 61 %
+        assert ours.relative_error < 0.3 < 1 < flat.relative_error  # 0.15, 0.02; 14.5, 5.4
     # Without damping the inverse matters: gradients alone rank badly.
     assert influences["multiple of I", 0.0].rank_correlation < 0.4
-    assert influences[PROBED, 0.0].rank_correlation > 0.4  # 0.48
+    for few_pairs in (PROBED, OPTIMIZER):  # 0.39, 0.36; 0.25
+        assert influences[few_pairs, 0.0].rank_correlation > influences["diagonal", 0.0].rank_correlation + 0.05
     assert influences["multiple of I", 0.1].rank_correlation > 0.8
 
 
@@ -127,8 +128,8 @@ def test_laplace_variances_and_samples(model: Trained, estimates: dict[str, Symm
     rows = {row.posterior: row for row in laplace(model, estimates, samples=50)}
     assert set(rows) == {"none", "exact", *SOURCES}
     assert all(isinstance(row, LaplaceRow) for row in rows.values())
-    assert rows[FIT].rank_correlation > 0.9  # 0.956
-    assert 0.6 < rows[FIT].ratio < 1.2  # 0.95
+    assert rows[FIT].rank_correlation > 0.95  # 0.996
+    assert rows[FIT].ratio == pytest.approx(1, abs=0.1)  # 0.99
     for row in rows.values():
         assert row.accuracy > 0.93
         assert abs(row.loss - rows["exact"].loss) < 0.05
@@ -143,14 +144,16 @@ def test_laplace_variances_and_samples(model: Trained, estimates: dict[str, Symm
 
 
 def test_preconditioning_where_it_must_help_and_where_it_cannot() -> None:
-    rows = fitted_systems(n=64, block=16, lead=4, seed=0)
+    rows = fitted_systems(n=128, **PLAN, seed=0)
     assert all(isinstance(row, PreconditionerRow) for row in rows)
     count = {(row.system, row.preconditioner): row.iterations for row in rows}
-    assert count["planted, n 64", "butterfly, radix 2"] <= 4  # the basis is found: nearly the identity is left
-    assert count["planted, n 64", "none"] > 40
+    for planted, found, other in (("planted", "radix 2", "wide"), ("wide", "wide", "radix 2")):
+        assert count[f"{planted}, n 128", f"butterfly, {found}"] <= 4  # nearly the identity is left
+        assert count[f"{planted}, n 128", f"butterfly, {other}"] > 10
+        assert count[f"{planted}, n 128", "none"] > 40
     ridge = [count["ridge on digits, n 64", name] for name in ("none", "diagonal", "butterfly, radix 2")]
-    assert ridge[2] < 0.8 * ridge[1] < 0.5 * ridge[0]  # 39, 60, 135
-    haar = [count["haar, n 64", name] for name in ("none", "diagonal", "butterfly, radix 2")]
+    assert ridge[2] < 0.8 * ridge[1] < 0.5 * ridge[0]  # 43, 58, 132
+    haar = [count["haar, n 128", name] for name in ("none", "diagonal", "butterfly, radix 2")]
     assert haar[2] > 0.5 * haar[0]
 
 
@@ -158,7 +161,7 @@ def test_preconditioning_of_held_out_newton_steps(model: Trained, estimates: dic
     rows = held_out_systems(model, estimates, dampings=(0.01,))
     held_out = {row.preconditioner: row.iterations for row in rows}
     assert set(held_out) == {"none", *SOURCES}
-    assert held_out[FIT] < held_out["none"]
+    assert held_out[FIT] < 0.6 * held_out["none"]  # 12, 28
 
 
 def test_iterations_are_those_of_cg() -> None:

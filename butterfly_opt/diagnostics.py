@@ -31,6 +31,8 @@ def describe(stack: Stack) -> dict[str, Any]:
         if (found.tau > 0).all():
             numbers["noise_quantiles"] = _quantiles(found.noise.sqrt())
             numbers["curvature_quantiles"] = _quantiles(found.slope / found.tau)
+    if stack.options["diagonal"] == "newton":
+        numbers |= {name: int(state[name].item()) for name in ("negative", "halvings")}
     if stack.rotations:
         numbers["off_diagonal"] = [off_diagonal_share(rotation) for _, rotation in stack.rotations]
     return numbers

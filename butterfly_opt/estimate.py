@@ -1,10 +1,9 @@
 """What the state of a tensor says of its inverse Hessian, as operators."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from butterfly_opt import secant
 from butterfly_opt.basis import Basis
 from butterfly_opt.diagonal import Curvature, regress
 from butterfly_opt.operators import RotatedDiagonal
@@ -13,13 +12,30 @@ from butterfly_opt.stack import Stack
 from butterfly_opt.step import floor
 
 
-def operator_of(stack: Stack, diagonal: Callable[[Stack], Tensor]) -> RotatedDiagonal:
-    """``Q diag(diagonal(stack)) Q^T`` of the only tensor of a stack, on a copy of its basis."""
+def preconditioner_of(stack: Stack) -> RotatedDiagonal:
+    """What a step multiplies the momentum with ("newton": the gradient), for the only tensor of a stack."""
+    if stack.options["diagonal"] == "newton":
+        return inverse_hessian_of(stack)
+    return _operator(stack, _step_diagonal(stack))
+
+
+def inverse_hessian_of(stack: Stack, *, damping: float = 0.0, corrected: bool = False) -> RotatedDiagonal:
+    """The estimate in inverse-Hessian units, for the only tensor of a stack; see ``Butterfly.inverse_hessian``."""
+    if stack.options["diagonal"] != "newton":
+        return _operator(stack, 1 / (_hessian_diagonal(stack, corrected=corrected) + damping))
+    state = stack.states[0]
+    if not state["pairs"] > 0:
+        raise ValueError("no inverse-Hessian estimate yet: the parameters have not moved for enough steps")
+    return secant.operator(state, damping=damping)
+
+
+def _operator(stack: Stack, diagonal: Tensor) -> RotatedDiagonal:
+    """``Q diag(diagonal) Q^T`` of the only tensor of a stack, on a copy of its basis."""
     batch = stack.shape[0]
     if batch > 1:
         raise ValueError(f"a parameter of {batch} matrices (batch_dims) has no single operator; use one of each")
     rotations = [(dim % 2, Rotation(r.plan, r.matrices.clone())) for dim, r in stack.rotations]
-    return RotatedDiagonal(Basis(stack.shape[1:], rotations), diagonal(stack)[0])
+    return RotatedDiagonal(Basis(stack.shape[1:], rotations), diagonal[0])
 
 
 def curvature(stack: Stack, cross: Tensor | None = None) -> Curvature:
@@ -29,7 +45,7 @@ def curvature(stack: Stack, cross: Tensor | None = None) -> Curvature:
     return regress(averages["exp_avg_sq"], averages["disp_sq"], cross, beta2=stack.options["betas"][1], step=step)
 
 
-def step_diagonal(stack: Stack) -> Tensor:
+def _step_diagonal(stack: Stack) -> Tensor:
     """``1 / (sqrt(V + m^2) + floor)``, what a step multiplies ``m = Q^T gbar`` with; its floor is that of ``gbar``."""
     energy = stack.averages["exp_avg_sq"] if stack.options["diagonal"] == "innovation" else curvature(stack).energy
     m = stack.to_rotated(stack.averages["exp_avg"])
@@ -37,7 +53,7 @@ def step_diagonal(stack: Stack) -> Tensor:
     return 1 / (torch.addcmul(energy, m, m).sqrt_() + floor(stack.options["eps"], largest, energy.dtype))
 
 
-def hessian_diagonal(stack: Stack, *, corrected: bool) -> Tensor:
+def _hessian_diagonal(stack: Stack, *, corrected: bool) -> Tensor:
     """``sqrt(h^2 + nu2 / tau2)``, or ``|h|`` corrected, in rotated coordinates; see ``Butterfly.inverse_hessian``."""
     options = stack.options
     if options["diagonal"] == "innovation":

@@ -105,12 +105,13 @@ def take_step_(stack: Stack, usable: Tensor) -> None:
 
 def _take_pair_(stack: Stack, grad: Tensor) -> None:
     """Takes the pair from the last point to the present one into the estimate, if it is one."""
-    state = stack.states[0]
+    state, theta = stack.states[0], parameters(stack)
     shape = state["values"].shape
-    s = (parameters(stack) - stack.averages["prev_param"]).view(shape)
+    s = (theta - stack.averages["prev_param"]).view(shape)
     y = (grad - stack.averages["prev_grad"]).view(shape)
-    # Where nothing moved, or the loss is not finite, there is no pair.
-    if s.any() and bool(torch.isfinite(y).all()) and bool(torch.isfinite(s).all()):
+    # Where nothing moved, or only by the last half of the digits, y is rounding; where the loss is not finite, nothing.
+    least = torch.finfo(theta.dtype).eps ** 0.5 * theta.abs().max()
+    if s.abs().max() > least and bool(torch.isfinite(y).all()) and bool(torch.isfinite(s).all()):
         secant.update_(state, s, y)
 
 

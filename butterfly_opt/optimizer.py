@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from butterfly_opt import newton
 from butterfly_opt.backend import choose_step
 from butterfly_opt.diagnostics import describe
-from butterfly_opt.estimate import hessian_diagonal, operator_of, step_diagonal
+from butterfly_opt.estimate import inverse_hessian_of, preconditioner_of
 from butterfly_opt.layout import TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
 from butterfly_opt.options import MAX_GRAD, Options, check_parameter, validate
@@ -371,7 +371,8 @@ class Butterfly(Optimizer):
             ``shape`` (as rotated), ``steps`` (taken), ``nonfinite_steps`` (skipped), ``state_bytes``,
             ``noise_quantiles`` (10, 50 and 90 %; standard deviation of the gradient in rotated coordinates), and where
             known ``curvature_quantiles`` (loss units by parameter units squared; see ``inverse_hessian``) and
-            ``off_diagonal`` (of each rotated axis, the share of the energy of its second moment off the diagonal).
+            ``off_diagonal`` (of each rotated axis, the share of the energy of its second moment off the diagonal), and for
+            "newton" ``negative`` (directions of negative curvature, stepped by its absolute value) and ``halvings``.
 
         Warns:
             UserWarning: if steps were skipped since the last look because a gradient was not finite.
@@ -404,7 +405,7 @@ class Butterfly(Optimizer):
         Raises:
             KeyError: if the parameter has no estimate yet.
         """
-        return self._operators(target, step_diagonal)
+        return self._operators(target, preconditioner_of)
 
     def inverse_hessian(
         self, target: Tensor | dict[str, Any] | None = None, *, damping: float = 0.0, corrected: bool = False
@@ -430,14 +431,14 @@ class Butterfly(Optimizer):
         """
         if not 0.0 <= damping < float("inf"):
             raise ValueError(f"Invalid damping value: {damping!r}, expected a finite number >= 0")
-        return self._operators(target, lambda stack: 1 / (hessian_diagonal(stack, corrected=corrected) + damping))
+        return self._operators(target, lambda stack: inverse_hessian_of(stack, damping=damping, corrected=corrected))
 
     def _operators(
-        self, target: Tensor | dict[str, Any] | None, diagonal: Callable[[Stack], Tensor]
+        self, target: Tensor | dict[str, Any] | None, operator_of: Callable[[Stack], RotatedDiagonal]
     ) -> RotatedDiagonal | DirectSum:
         groups = [target] if isinstance(target, dict) else self.param_groups
         parts = [
-            (stack.layouts[0].params, operator_of(stack, diagonal))
+            (stack.layouts[0].params, operator_of(stack))
             for group in groups
             for stack in self._single_stacks(group)
             if not isinstance(target, Tensor) or any(target is param for param in stack.layouts[0].params)

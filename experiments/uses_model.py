@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from butterfly_opt import Basis, Butterfly, DirectSum, RotatedDiagonal, SecantEstimate, fit_inverse, secant
+from butterfly_opt import Basis, Butterfly, DirectSum, RotatedDiagonal, SecantEstimate, fit_inverse
 from butterfly_opt.operators import SymmetricOperator
 from experiments.paper_models import Objective, digits_objectives
 
@@ -81,7 +81,7 @@ def from_optimizer(model: Trained, *, block: int, lead: int, steps: int = 100) -
 
     for _ in range(steps):
         optimizer.step(closure)
-    return secant.operator(optimizer.state[params[0]])
+    return optimizer.inverse_hessian(params[0])
 
 
 def all_estimates(model: Trained, *, block: int, lead: int, seed: int) -> dict[str, SymmetricOperator]:

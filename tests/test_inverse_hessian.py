@@ -69,3 +69,31 @@ def test_a_rotated_quadratic_is_found(options: dict[str, int]) -> None:
     print(f"condition of H: {before:.0f}, preconditioned: {after:.1f}")
     assert spread.min() > 0
     assert after < before / 5
+
+
+@pytest.mark.parametrize("structure", ["axes", "flat"])
+def test_newton_finds_the_inverse_hessian_of_a_quadratic(structure: str) -> None:
+    """Up to ``block`` parameters it is exact, the operator of the step is the estimate, and it stays so at rest."""
+    param = torch.nn.Parameter(torch.ones(6, 5, dtype=torch.float64))
+    curvature = torch.linspace(1, 30, 30, dtype=torch.float64)
+    opt = Butterfly([param], lr=1.0, diagonal="newton", structure=structure)
+    with pytest.raises(KeyError, match="took no step yet"):
+        opt.inverse_hessian(param)
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = 0.5 * (curvature * param.flatten().square()).sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    with pytest.raises(ValueError, match="no inverse-Hessian estimate yet"):
+        opt.inverse_hessian(param)
+    for _ in range(60):
+        opt.step(closure)
+    expected = torch.diag(1 / curvature)
+    torch.testing.assert_close(opt.inverse_hessian(param).to_dense(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(opt.preconditioner(param).to_dense(), opt.inverse_hessian(param).to_dense())
+    damped = torch.diag(1 / (curvature + 0.5))
+    torch.testing.assert_close(opt.inverse_hessian(param, damping=0.5).to_dense(), damped, rtol=0, atol=1e-3)
+    assert opt.diagnostics()[0]["tensors"][0]["negative"] == 0

@@ -81,7 +81,9 @@ def from_optimizer(model: Trained, *, block: int, lead: int, steps: int = 100) -
 
     for _ in range(steps):
         optimizer.step(closure)
-    return optimizer.inverse_hessian(params[0])
+    estimate = optimizer.inverse_hessian(params[0])
+    assert isinstance(estimate, RotatedDiagonal)
+    return estimate
 
 
 def all_estimates(model: Trained, *, block: int, lead: int, seed: int) -> dict[str, SymmetricOperator]:

@@ -372,7 +372,8 @@ class Butterfly(Optimizer):
             ``noise_quantiles`` (10, 50 and 90 %; standard deviation of the gradient in rotated coordinates), and where
             known ``curvature_quantiles`` (loss units by parameter units squared; see ``inverse_hessian``) and
             ``off_diagonal`` (of each rotated axis, the share of the energy of its second moment off the diagonal), and
-            for "newton" ``negative`` (directions of negative curvature, stepped by its absolute value) and ``halvings``.
+            for "newton" ``negative`` (directions of negative curvature; they step by its absolute value) and
+            ``halvings``.
 
         Warns:
             UserWarning: if steps were skipped since the last look because a gradient was not finite.

@@ -36,12 +36,16 @@ from experiments.problems import check_problem
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """A problem and how long it is trained; `without` names optimizers that are left out."""
+    """A problem and how long it is trained; `without` names optimizers that are left out.
+
+    `rates` are learning rates usual for this task, by optimizer, where they are other than `OptimizerConfig.lr`.
+    """
 
     problem: Component
     steps: int
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     without: list[str] = dataclasses.field(default_factory=list)
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +217,7 @@ def plan(suite: Suite, loss_of: Callable[[Run], float | None]) -> Plan:
         for name in suite.optimizers_of(task):
             build = functools.partial(build_run, suite, task, name)
             rates, best = search_rates(
-                suite.optimizers[name].lr,
+                suite.tasks[task].rates.get(name, suite.optimizers[name].lr),
                 suite.lr_grid,
                 lambda lr, build=build: loss_of(build(lr=lr, seed=suite.seeds[0])),  # type: ignore[misc]
             )
@@ -256,6 +260,7 @@ def _check_numbers(suite: Suite) -> None:
     if any(not 0 < fraction <= 1 for fraction in suite.fractions):
         raise ConfigError(f"fractions must be above 0 and at most 1, got {suite.fractions}")
     rates = {f"optimizers.{name}.lr": entry.lr for name, entry in suite.optimizers.items()}
+    rates |= {f"tasks.{t}.rates.{name}": lr for t, task in suite.tasks.items() for name, lr in task.rates.items()}
     for key, rate in {**rates, "robustness.lr": suite.robustness.lr}.items():
         if not 0 <= rate < float("inf"):
             raise ConfigError(f"{key} must be a finite number >= 0, got {rate}")
@@ -280,7 +285,7 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
         raise ConfigError("baselines must name at least one optimizer")
     for name, task in suite.tasks.items():
         check_problem(task.problem, f"tasks.{name}.problem")
-        _check_names(task.without, suite.optimizers, "optimizer")
+        _check_names([*task.without, *task.rates], suite.optimizers, "optimizer")
     _check_numbers(suite)
     return suite
 

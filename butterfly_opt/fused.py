@@ -27,7 +27,7 @@ from torch import Tensor
 
 from butterfly_opt import diagonal, step
 from butterfly_opt.plan import Plan, make_plan
-from butterfly_opt.rotation import Rotation
+from butterfly_opt.rotation import SHIFT, Rotation
 from butterfly_opt.stack import Stack
 
 if TYPE_CHECKING:  # under its name in the repository, where the type checker finds it
@@ -246,7 +246,14 @@ def _refit_(rotation: Rotation, usable: Tensor) -> None:
     lead = 0 if rotation.plan.is_full else rotation.plan.lead
     for stage in _stages(rotation.plan, usable.device):
         change = refit.refit_stage_(
-            rotation.matrices, moments, usable, stage.tiles, groups=stage.groups, lead=lead, below=below
+            rotation.matrices,
+            moments,
+            usable,
+            stage.tiles,
+            groups=stage.groups,
+            lead=lead,
+            below=below,
+            shift=SHIFT[torch.float32],
         )
         below = change if lead else None
     # Rotation.dense notices new matrices by their version.

@@ -6,7 +6,7 @@ of a group, ``v`` the values that enter it and ``C`` their running second moment
 
     observe   C <- (1 - weight) C + weight v v^T                     v summed over the other axes of the tensor
     start     B <- eigenvectors of C, the leading ones first, from the leaves to the root
-    refit     B <- qr(C B), one orthogonal iteration, from the leaves to the root
+    refit     B <- qr((C + SHIFT tr C) B), one orthogonal iteration, from the leaves to the root
 
 A pair of directions of nearly equal energy moves by its correlation only, so that averages kept in rotated
 coordinates stay valid over a refit. Where the matrices of the children of a group change from B to B', its own ``C``
@@ -26,6 +26,10 @@ from butterfly_opt.plan import Plan, Stage, make_plan
 MAX_DENSE_LENGTH = 128
 """Axes up to this length are rotated by one dense product: on a CPU faster than the stages, which beat it from 200 on
 (``python -m experiments.bench_rotation``)."""
+
+SHIFT = {torch.float32: 1e-6, torch.float64: 1e-7}
+"""Added to the diagonal of a second moment, over its trace: directions without energy stay where they are, instead of
+where rounding turns them."""
 
 MAX_SQUARE_NUMBERS = 1 << 22
 """Numbers held at a time while entries of Q are squared (32 MiB in float64)."""
@@ -218,7 +222,8 @@ class Rotation:
                     own, change = change[:, :children], change[:, children:]
                     moved = _transport(own, _transport(own, moment).mT).mT
                     before = _transport(own, matrix)
-                after = orthogonalize(moved @ before)
+                shift = SHIFT[matrix.dtype] * moved.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+                after = orthogonalize(torch.addcmul(moved @ before, before, shift))
                 if keep is not None:
                     after, moved = torch.where(keep, matrix, after), torch.where(keep, moment, moved)
                 if not self.plan.is_full:
@@ -246,6 +251,8 @@ def _eigenvectors(moments: Tensor) -> Tensor:
     scale = moments.abs().amax((-2, -1), keepdim=True)
     relative = moments.double() / torch.where(scale > 0, scale, 1.0)
     relative.masked_fill_(relative.abs() < 1e-30, 0.0)
+    # Directions of equal energy, as those of none, are chosen by this slope and not by rounding.
+    relative.diagonal(dim1=-2, dim2=-1).add_(torch.linspace(1e-9, 0, moments.shape[-1], device=moments.device))
     return torch.linalg.eigh(relative).eigenvectors.flip(-1).to(moments.dtype)
 
 

@@ -27,7 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "options": {"layout", "plan"},
     "stack": {"layout", "plan", "rotation", "options", "secant", "newton"},
     "step": {"stack", "diagonal", "options", "rounding", "rotation"},
-    "estimate": {"stack", "step", "diagonal", "rotation", "basis", "operators", "secant"},
+    "estimate": {"newton", "secant", "stack", "step", "diagonal", "rotation", "basis", "operators"},
     "diagnostics": {"stack", "estimate", "rotation"},
     "fused": {"step", "stack", "diagonal", "rotation", "plan", "triton_kernels"},
     "backend": {"step", "stack", "options", "fused"},

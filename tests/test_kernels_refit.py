@@ -24,7 +24,7 @@ def factor(a: Tensor) -> Tensor:
     stage = tiles.stage_tiles(((1, n),), n, 0, 0, DEVICE)
     q = torch.eye(n).view(1, -1).to(DEVICE)
     usable = torch.ones(1, device=DEVICE)
-    refit.refit_stage_(q, a.float().reshape(1, -1).to(DEVICE), usable, stage, groups=1, lead=0, below=None)
+    refit.refit_stage_(q, a.float().reshape(1, -1).to(DEVICE), usable, stage, groups=1, lead=0, below=None, shift=0.0)
     return q.view(n, n).cpu().double()
 
 
@@ -103,6 +103,6 @@ def test_unfit_tensors_are_refused():
     stage = tiles.stage_tiles(((1, 3),), 3, 0, 0, DEVICE)
     flat, usable = torch.zeros(1, 9, device=DEVICE), torch.ones(1, device=DEVICE)
     with pytest.raises(ValueError, match=r"usable must be contiguous of shape \(1,\)"):
-        refit.refit_stage_(flat, flat, usable[:0], stage, groups=1, lead=0, below=None)
+        refit.refit_stage_(flat, flat, usable[:0], stage, groups=1, lead=0, below=None, shift=0.0)
     with pytest.raises(TypeError, match=r"moments must be torch.float32"):
-        refit.refit_stage_(flat, flat.double(), usable, stage, groups=1, lead=0, below=None)
+        refit.refit_stage_(flat, flat.double(), usable, stage, groups=1, lead=0, below=None, shift=0.0)

@@ -60,7 +60,7 @@ def _orthogonal_factor(a, total, WIDTH: tl.constexpr):
 
 @triton.jit
 def _refit_kernel(matrices_ptr, moments_ptr, usable_ptr, below_ptr, change_ptr, table_ptr, numel, below_numel,
-                  change_numel, tiles_count, lead, WIDTH: tl.constexpr, TRANSPORT: tl.constexpr,
+                  change_numel, tiles_count, lead, shift, WIDTH: tl.constexpr, TRANSPORT: tl.constexpr,
                   CHANGE: tl.constexpr):  # fmt: skip
     """``refit_stage_`` of one tile."""
     program = tl.program_id(0)
@@ -85,7 +85,10 @@ def _refit_kernel(matrices_ptr, moments_ptr, usable_ptr, below_ptr, change_ptr, 
         moment = tl.dot(turn, moment, input_precision=PRECISION)
         moment = tl.dot(moment, tl.trans(turn), input_precision=PRECISION)
         tl.store(moments_ptr + offsets, moment, mask=inside)
-    after = _orthogonal_factor(tl.dot(moment, before, input_precision=PRECISION), total, WIDTH)
+    diagonal = tl.sum(tl.where(i == j, moment, 0.0), axis=0)
+    trace = tl.sum(tl.where(i // size == j // size, diagonal[None, :], 0.0), axis=1)
+    turned = tl.dot(moment, before, input_precision=PRECISION) + shift * trace[:, None] * before
+    after = _orthogonal_factor(turned, total, WIDTH)
     tl.store(matrices_ptr + offsets, after, mask=inside)
     if CHANGE:
         change = tl.dot(tl.trans(after), before, input_precision=PRECISION)
@@ -96,7 +99,15 @@ def _refit_kernel(matrices_ptr, moments_ptr, usable_ptr, below_ptr, change_ptr, 
 
 
 def refit_stage_(
-    matrices: Tensor, moments: Tensor, usable: Tensor, stage: Tiles, *, groups: int, lead: int, below: Tensor | None
+    matrices: Tensor,
+    moments: Tensor,
+    usable: Tensor,
+    stage: Tiles,
+    *,
+    groups: int,
+    lead: int,
+    below: Tensor | None,
+    shift: float,
 ) -> Tensor:
     """One orthogonal iteration of every group of a stage, in place; equals that of ``Rotation.refit_``.
 
@@ -108,6 +119,7 @@ def refit_stage_(
         groups: its number of groups.
         lead: outputs of a group that go on; 0 in a full plan, which is not transported.
         below: the changes of the stage before, ``(count, its groups, lead, lead)``; None for the first.
+        shift: added to the diagonal of a moment, over its trace.
 
     Returns:
         The changes of this stage, ``(count, groups, lead, lead)``; those of unusable tensors are not written.
@@ -123,7 +135,7 @@ def refit_stage_(
     with tiles.on_device(matrices.device):
         _refit_kernel[(count * len(stage),)](
             matrices, moments, usable, change if below is None else below, change, stage.table, numel,
-            0 if below is None else below[0].numel(), groups * lead**2, len(stage), max(lead, 1), WIDTH=stage.width,
-            TRANSPORT=below is not None, CHANGE=lead > 0, num_warps=4 if stage.width <= 32 else 8,
+            0 if below is None else below[0].numel(), groups * lead**2, len(stage), max(lead, 1), shift,
+            WIDTH=stage.width, TRANSPORT=below is not None, CHANGE=lead > 0, num_warps=4 if stage.width <= 32 else 8,
         )  # fmt: skip
     return change

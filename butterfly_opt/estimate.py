@@ -48,7 +48,7 @@ def curvature(stack: Stack, cross: Tensor | None = None) -> Curvature:
 def _step_diagonal(stack: Stack) -> Tensor:
     """``1 / (sqrt(V + m^2) + floor)``, what a step multiplies ``m = Q^T gbar`` with; its floor is that of ``gbar``."""
     energy = stack.averages["exp_avg_sq"] if stack.options["diagonal"] == "innovation" else curvature(stack).energy
-    m = stack.to_rotated(stack.averages["exp_avg"])
+    (m,) = stack.to_rotated(stack.averages["exp_avg"])
     largest = stack.averages["exp_avg"].abs().amax()
     return 1 / (torch.addcmul(energy, m, m).sqrt_() + floor(stack.options["eps"], largest, energy.dtype))
 

@@ -267,7 +267,7 @@ class Butterfly(Optimizer):
                 loss = closure()
         groups = [self._stacks_of(index) for index in range(len(self.param_groups))]
         full_batch = [stack for group in groups for stack in group if stack.options["diagonal"] == "newton"]
-        if full_batch and closure is not None:
+        if full_batch and closure is not None and loss is not None:
             loss = newton.backtrack(full_batch, closure, loss)
         counted = self._count(groups)
         # Where one is skipped the last step stays the one that the next loss is compared with.

@@ -38,7 +38,7 @@ AVERAGES = {
 }
 """What each diagonal keeps in the shape of the parameter."""
 
-MAX_STACKED = {"cpu": 1 << 16, "cuda": 1 << 24}
+MAX_STACKED = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Elements of a stack: on a CPU what stays in its second-level cache over a step, on a GPU what fills it."""
 
 OBSERVE_EVERY = 2
@@ -234,11 +234,17 @@ class Stack:
                     if isinstance(state.get(name), Tensor):
                         state[name] = state[name].clone()
 
-    def to_rotated(self, x: Tensor) -> Tensor:
-        """``Q^T x`` for ``(count, rows, columns)``; ``x`` itself where no axis is rotated."""
+    def to_rotated(self, *values: Tensor) -> Sequence[Tensor]:
+        """``Q^T x`` for several ``(count, rows, columns)``; the values themselves where no axis is rotated."""
+        if not self.rotations:
+            return values
+        # Row by row one behind the other: both axes then see all values as one matrix, without a copy.
+        together = torch.stack(values, dim=2)
+        count, rows, number, columns = together.shape
         for dim, rotation in self.rotations:
-            x = rotation.to_rotated(x, dim=dim)
-        return x
+            shape = (rows, number * columns) if dim == -2 else (rows * number, columns)
+            together = rotation.to_rotated(together.view(count, *shape), dim=dim)
+        return together.view(count, rows, number, columns).unbind(2)
 
     def from_rotated(self, u: Tensor) -> Tensor:
         """``Q u``, the inverse of ``to_rotated``."""

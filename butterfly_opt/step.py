@@ -49,13 +49,15 @@ def take_step_(stack: Stack, usable: Tensor) -> None:
         y = torch.where(stack.per_tensor(usable), y, 0.0)
     exp_avg.addcmul_(y, n.mean)
     fit_basis_(stack, y, n, usable)
-    u, m = stack.to_rotated(y), stack.to_rotated(exp_avg)
-    average_product_(energy, u, u, n.square)
-    if options["diagonal"] == "secant":
+    if options["diagonal"] == "innovation":
+        u, m = stack.to_rotated(y, exp_avg)
+        average_product_(energy, u, u, n.square)
+    else:
         param_avg, disp_sq, cross = (averages[name] for name in ("param_avg", "disp_sq", "cross"))
         s = parameters(stack) - param_avg
         param_avg.addcmul_(s, n.mean)
-        w = stack.to_rotated(s)
+        u, m, w = stack.to_rotated(y, exp_avg, s)
+        average_product_(energy, u, u, n.square)
         average_product_(disp_sq, w, w, n.pair)
         average_product_(cross, u, w, n.pair)
         energy = regress(energy, disp_sq, cross, beta2=options["betas"][1], step=n.step).energy

@@ -90,13 +90,13 @@ def test_tensors_of_one_shape_are_one_stack_once_they_have_started() -> None:
 
 
 def test_a_stack_holds_no_more_than_the_cache_does() -> None:
-    params = [torch.nn.Parameter(torch.zeros(128, 128)) for _ in range(9)]
+    params = [torch.nn.Parameter(torch.zeros(128, 128)) for _ in range(17)]
     opt = Butterfly(params)
     for param in params:
         param.grad = torch.ones_like(param)
     for _ in range(2):
         opt.step()
-    assert stacks_of(opt) == [1, 4, 4]
+    assert stacks_of(opt) == [1, 8, 8]
 
 
 def test_regression_of_stacked_tensors() -> None:

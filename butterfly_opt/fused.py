@@ -218,8 +218,7 @@ def _fit_basis_(stack: Stack, operands: kernels.Operands) -> None:
         for dim, rotation in stack.rotations:
             rotation.start_(y if dim == -2 else y.mT)
         return
-    mean = stack.numbers.mean.view(-1)
-    weights = mean.clamp_min(1 - step.MOMENT_BETA**span) * (mean > 0)
+    weights = step.observation_weight(stack.numbers, span)
     usable = operands.numbers[:, 5].contiguous()
     for dim, rotation in stack.rotations:
         if observe:

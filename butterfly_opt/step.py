@@ -109,17 +109,24 @@ def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> None:
     if not stack.calls:
         return
     observe, refit, span = stack.schedule()
-    # A bias-corrected average at first, then an exponential one; 0 where the step is skipped.
-    weight = n.mean.view(-1).clamp_min(1 - MOMENT_BETA**span) * (n.mean.view(-1) > 0)
     for dim, rotation in stack.rotations:
         values = y if dim == -2 else y.mT
         if stack.calls == 1:
             rotation.start_(values)
             continue
         if observe:
-            rotation.observe_(values, weight)
+            rotation.observe_(values, observation_weight(n, span))
         if refit:
             rotation.refit_(None if stack.all_usable else stack.per_tensor(usable).view(-1))
+
+
+def observation_weight(n: Numbers, span: int) -> Tensor:
+    """Weight of an innovation in the second moments of the bases, ``(count,)``; it stands for ``span`` steps.
+
+    A bias-corrected average at first, then an exponential one; 0 where the step is skipped.
+    """
+    mean = n.mean.view(-1)
+    return mean.clamp_min(1 - MOMENT_BETA**span) * (mean > 0)
 
 
 def floor(eps: float | Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,21 +5,22 @@ The only module that imports ``fused``, which alone imports the kernels, and onl
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from butterfly_opt import step
+from butterfly_opt.collectives import Request
 from butterfly_opt.options import Options
 from butterfly_opt.stack import Stack
 
-TakeStep = Callable[[Stack, Tensor], None]
+TakeStep = Callable[[Stack, Tensor], Coroutine[Request, Tensor, None]]
 
 
 def choose_step(options: Options, device: torch.device, dtype: torch.dtype) -> TakeStep:
-    """The function that steps a stack: ``step.take_step_`` or its fused equal.
+    """The function that steps a stack of whole tensors: ``step.take_step_`` or its fused equal.
 
     Args:
         options: of the group: ``backend`` and ``fused``.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from butterfly_opt.dtensor import local
 from butterfly_opt.estimate import curvature
 from butterfly_opt.rotation import Rotation
 from butterfly_opt.stack import Stack
@@ -22,11 +23,11 @@ def describe(stack: Stack) -> dict[str, Any]:
         "shape": tuple(n for n in stack.shape if n > 1),
         "steps": int(state["step"].item()),
         "nonfinite_steps": int(state["skipped"].item()),
-        "state_bytes": sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor)),
+        "state_bytes": sum(local(v).numel() * v.element_size() for v in state.values() if isinstance(v, Tensor)),
     }
     if "exp_avg_sq" in stack.averages:
         numbers["noise_quantiles"] = _quantiles(stack.averages["exp_avg_sq"].sqrt())
-    if stack.options["diagonal"] == "secant":
+    if stack.options["diagonal"] == "secant" and not stack.layouts[0].groups:
         found = curvature(stack)
         if (found.tau > 0).all():
             numbers["noise_quantiles"] = _quantiles(found.noise.sqrt())
@@ -34,7 +35,7 @@ def describe(stack: Stack) -> dict[str, Any]:
     if stack.options["diagonal"] == "newton":
         numbers |= {name: int(state[name].item()) for name in ("negative", "halvings")}
     if stack.rotations:
-        numbers["off_diagonal"] = [off_diagonal_share(rotation) for _, rotation in stack.rotations]
+        numbers["off_diagonal"] = [off_diagonal_share(rotation) for _, rotation in stack.whole_rotations]
     return numbers
 
 

@@ -23,6 +23,7 @@ All quantities are computed relative to ``tau``, so that large gradients do not 
 ``(count, rows, columns)``; means run over one tensor of the stack.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,15 @@ MAX_RIDGE = 1e12
 """Bound of the ridge over tau2: beyond it ``h`` is ``hbar`` to rounding, and its products stay finite."""
 
 
-def regress(grad_sq: Tensor, disp_sq: Tensor, cross: Tensor, *, beta2: float | Tensor, step: Tensor) -> Curvature:
+def regress(
+    grad_sq: Tensor,
+    disp_sq: Tensor,
+    cross: Tensor,
+    *,
+    beta2: float | Tensor,
+    step: Tensor,
+    means: Sequence[Tensor] | None = None,
+) -> Curvature:
     """Computes ``h``, ``nu2`` and ``tau`` of the module's formulas.
 
     Args:
@@ -67,12 +76,13 @@ def regress(grad_sq: Tensor, disp_sq: Tensor, cross: Tensor, *, beta2: float | T
         cross: ``C``, the same shape.
         beta2: decay of the three averages; ``1 - beta2`` is the share of one pair in them.
         step: steps so far, ``(count, 1, 1)``; up to MIN_STEPS nothing counts as moved.
+        means: of ``B`` and of ``|C|`` over each tensor, ``(count, 1, 1)``, where these tensors are shards.
     """
     tiny = torch.finfo(grad_sq.dtype).tiny
-    tau2 = disp_sq.mean((-2, -1), keepdim=True)
+    tau2, mean_cross = means or [x.mean((-2, -1), keepdim=True) for x in (disp_sq, cross.abs())]
     moved = (tau2 > tiny**0.75) & (step > MIN_STEPS)
     inverse = torch.where(moved, tau2.rsqrt(), 0.0)
-    mean_slope = cross.abs().mean((-2, -1), keepdim=True) * inverse
+    mean_slope = mean_cross * inverse
     # In place from here on: fresh memory costs as much as the arithmetic. The mean of b is 1.
     b = disp_sq * inverse.square()
     c = cross * inverse

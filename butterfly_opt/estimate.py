@@ -5,6 +5,7 @@ from torch import Tensor
 
 from butterfly_opt import secant
 from butterfly_opt.basis import Basis
+from butterfly_opt.collectives import run
 from butterfly_opt.diagonal import Curvature, regress
 from butterfly_opt.operators import RotatedDiagonal
 from butterfly_opt.rotation import Rotation
@@ -32,9 +33,13 @@ def inverse_hessian_of(stack: Stack, *, damping: float = 0.0, corrected: bool = 
 def _operator(stack: Stack, diagonal: Tensor) -> RotatedDiagonal:
     """``Q diag(diagonal) Q^T`` of the only tensor of a stack, on a copy of its basis."""
     batch = stack.shape[0]
+    if stack.layouts[0].cuts:
+        raise NotImplementedError(
+            "a parameter that is cut over processes has no operator; load its checkpoint in one process"
+        )
     if batch > 1:
         raise ValueError(f"a parameter of {batch} matrices (batch_dims) has no single operator; use one of each")
-    rotations = [(dim % 2, Rotation(r.plan, r.matrices.clone())) for dim, r in stack.rotations]
+    rotations = [(dim % 2, Rotation(r.plan, r.matrices.clone())) for dim, r in stack.whole_rotations]
     return RotatedDiagonal(Basis(stack.shape[1:], rotations), diagonal[0])
 
 
@@ -48,7 +53,7 @@ def curvature(stack: Stack, cross: Tensor | None = None) -> Curvature:
 def _step_diagonal(stack: Stack) -> Tensor:
     """``1 / (sqrt(V + m^2) + floor)``, what a step multiplies ``m = Q^T gbar`` with; its floor is that of ``gbar``."""
     energy = stack.averages["exp_avg_sq"] if stack.options["diagonal"] == "innovation" else curvature(stack).energy
-    (m,) = stack.to_rotated(stack.averages["exp_avg"])
+    ((m,),) = run([stack.to_rotated(stack.averages["exp_avg"])])
     largest = stack.averages["exp_avg"].abs().amax()
     return 1 / (torch.addcmul(energy, m, m).sqrt_() + floor(stack.options["eps"], largest, energy.dtype))
 

@@ -65,7 +65,7 @@ class Table(NamedTuple):
 _TABLES: WeakKeyDictionary[Stack, Table] = WeakKeyDictionary()
 
 
-def take_step_(stack: Stack, usable: Tensor) -> None:
+async def take_step_(stack: Stack, usable: Tensor) -> None:
     """Steps the tensors of a stack: state and parameters change in place.
 
     Args:
@@ -82,10 +82,10 @@ def take_step_(stack: Stack, usable: Tensor) -> None:
     kernels.forth_(operands)
     count, rows, columns = stack.averages["exp_avg"].shape
     values = operands.values.view(-1, count, rows, columns)
-    for dim, rotation in stack.rotations:
+    for dim, rotation in stack.whole_rotations:
         _later_stages_(values, rotation, dim=dim, back=False)
     sums = kernels.take_rest_(operands)
-    for dim, rotation in stack.rotations:
+    for dim, rotation in stack.whole_rotations:
         _later_stages_(values[1:2], rotation, dim=dim, back=True)
     stochastic = stack.options["stochastic_rounding"] and operands.dtypes[1] == torch.bfloat16
     kernels.back_(operands, sums, stochastic=stochastic, write=not source.gathered)
@@ -186,10 +186,10 @@ def _stages(plan: Plan, device: torch.device) -> tuple[Stage, ...]:
 def _geometry(stack: Stack) -> kernels.Geometry:
     count, rows, columns = stack.averages["exp_avg"].shape
     device = stack.averages["exp_avg"].device
-    if not stack.rotations:
+    if not stack.whole_rotations:
         row, pieces = tiles.plain_tiles(1, 1, device), tiles.plain_tiles(rows * columns, tiles.VECTOR_WIDTH, device)
         return kernels.Geometry((count, 1, rows * columns), row, pieces, None, None)
-    rotations = dict(stack.rotations)
+    rotations = dict(stack.whole_rotations)
     cuts = [
         _stages(rotations[dim].plan, device)[0].tiles if dim in rotations
         else tiles.plain_tiles(length, tiles.other_width(length), device)
@@ -210,17 +210,17 @@ def _fit_basis_(stack: Stack, operands: kernels.Operands) -> None:
     """``step.fit_basis_``."""
     observe, refits, span = stack.schedule()
     is_first = stack.calls == 1
-    if not stack.rotations or not stack.calls or not (observe or refits or is_first):
+    if not stack.whole_rotations or not stack.calls or not (observe or refits or is_first):
         return
     if observe or is_first:
         y = kernels.innovations(operands)
     if is_first:
-        for dim, rotation in stack.rotations:
+        for dim, rotation in stack.whole_rotations:
             rotation.start_(y if dim == -2 else y.mT)
         return
     weights = step.observation_weight(stack.numbers, span)
     usable = operands.numbers[:, 5].contiguous()
-    for dim, rotation in stack.rotations:
+    for dim, rotation in stack.whole_rotations:
         if observe:
             # y stays rotated by this axis: the sums over it, for the other axis, are the same.
             _observe_(y, rotation, weights, dim=dim)

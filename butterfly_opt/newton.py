@@ -80,7 +80,7 @@ def remember_loss_(stacks: Sequence[Stack], loss: Any) -> None:
         stack.states[0]["prev_loss"].fill_(value)
 
 
-def take_step_(stack: Stack, usable: Tensor) -> None:
+async def take_step_(stack: Stack, usable: Tensor) -> None:
     """Steps the only tensor of a stack; see ``step.take_step_``."""
     state, averages, n = stack.states[0], stack.averages, stack.numbers
     if not bool(stack.active.all()):

@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from butterfly_opt import newton
-from butterfly_opt.backend import choose_step
+from butterfly_opt.backend import TakeStep, choose_step
+from butterfly_opt.collectives import all_reduce_max, run
 from butterfly_opt.diagnostics import describe
 from butterfly_opt.estimate import inverse_hessian_of, preconditioner_of
 from butterfly_opt.layout import TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
-from butterfly_opt.options import MAX_GRAD, Options, check_parameter, validate
+from butterfly_opt.options import MAX_GRAD, Options, check_parameter, check_sharded, validate
 from butterfly_opt.stack import COUNTERS, Stack, State, check_state, make_stacks, move_state_, new_state, release
-from butterfly_opt.step import count_steps_, gradient
+from butterfly_opt.step import count_steps_, gradient, take_step_
 
 _INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -123,6 +124,7 @@ class Butterfly(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "backend": backend,
             "batch_dims": 0,
+            "cross_shard": True,
         }
         validate(defaults)
         self._forget()
@@ -273,10 +275,7 @@ class Butterfly(Optimizer):
         # Where one is skipped the last step stays the one that the next loss is compared with.
         if full_batch and all(any(stack is own for own, _ in counted) for stack in full_batch):
             newton.remember_loss_(full_batch, loss)
-        for stack, usable in counted:
-            first = stack.layouts[0]
-            take_step_ = choose_step(stack.options, first.owner.device, first.dtype)
-            (newton.take_step_ if stack.options["diagonal"] == "newton" else take_step_)(stack, usable)
+        run([_step_of(stack)(stack, usable) for stack, usable in counted])
         return loss
 
     def _count(self, groups: list[list[Stack]]) -> list[tuple[Stack, Tensor]]:
@@ -501,6 +500,14 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def _step_of(stack: Stack) -> TakeStep:
+    """The function that steps a stack."""
+    if stack.options["diagonal"] == "newton":
+        return newton.take_step_
+    layout = stack.layouts[0]
+    return take_step_ if layout.cuts else choose_step(stack.options, layout.owner.device, layout.dtype)
+
+
 def _taken_over(param: Tensor, saved: State, group: Options, beta: float) -> State:
     """A new state with the momentum of Adam, which averages without bias correction, with decay ``beta``."""
     state = new_state(axes_layout(param, group["batch_dims"]), group)
@@ -515,7 +522,9 @@ def _layouts(group: Options) -> list[TensorLayout]:
     if group["structure"] == "flat":
         layouts = [flat_layout(params)] if params else []
     else:
-        layouts = [axes_layout(param, group["batch_dims"]) for param in params]
+        layouts = [axes_layout(param, group["batch_dims"], cross_shard=group["cross_shard"]) for param in params]
+    if any(layout.cuts for layout in layouts):
+        check_sharded(group)
     # Its estimate brings a basis of its own.
     return [replace(layout, rotated=()) for layout in layouts] if group["diagonal"] == "newton" else layouts
 
@@ -534,18 +543,26 @@ def _by_device(stacks: list[Stack]) -> list[list[Stack]]:
 
 
 def _largest_entries(layouts: list[TensorLayout], options: Options) -> Tensor:
-    """Largest absolute gradient entry of each tensor, NaN where one is: float32 ``(len(layouts),)``."""
+    """Largest absolute gradient entry of each tensor, NaN or infinite where one is: float32 ``(len(layouts),)``.
+
+    Of all shards: processes agree on which tensors step.
+    """
     given = [
         [gradient(p, p.grad, options, layout.dtype) for p in layout.params if p.grad is not None and p.numel()]
         for layout in layouts
     ]
-    grads = [grad for own in given for grad in own]
+    # A process may hold an empty shard.
+    grads = [grad if grad.numel() else grad.new_zeros(1) for own in given for grad in own]
     if grads[0].device.type == "cpu":
         # An infinity norm takes twenty times as long on a CPU.
         ends = torch.stack([end.float() for grad in grads for end in torch.aminmax(grad)])
         largest = ends.abs().view(-1, 2).amax(1)
     else:
         largest = torch.stack(list(torch._foreach_norm(grads, float("inf"), dtype=torch.float32)))
-    if len(grads) == len(layouts):
-        return largest
-    return torch.stack([part.amax() for part in largest.split([len(own) for own in given])])
+    if len(grads) != len(layouts):
+        largest = torch.stack([part.amax() for part in largest.split([len(own) for own in given])])
+    for process_group in dict.fromkeys(g for layout in layouts for g in layout.groups):
+        # As infinity: the maximum with a NaN is anything.
+        at = torch.tensor([i for i, layout in enumerate(layouts) if process_group in layout.groups])
+        largest[at] = all_reduce_max(largest[at].nan_to_num(nan=torch.inf), process_group)
+    return largest

@@ -48,7 +48,7 @@ def validate(group: Options) -> None:
     for name, known in choices.items():
         if group[name] not in known:
             raise ValueError(f"Invalid {name} value: {group[name]!r}, expected one of {', '.join(known)}")
-    for name in ("decoupled_weight_decay", "maximize", "capturable", "stochastic_rounding"):
+    for name in ("decoupled_weight_decay", "maximize", "capturable", "stochastic_rounding", "cross_shard"):
         if group[name] not in (0, 1):
             raise ValueError(f"Invalid {name} value: {group[name]!r}, expected True or False")
         group[name] = bool(group[name])
@@ -101,7 +101,7 @@ def check_parameter(param: object) -> None:
 
     Raises:
         TypeError: for a trainable parameter that is not real floating point.
-        NotImplementedError: for a distributed or sparse tensor.
+        NotImplementedError: for a sparse tensor, and for a slice that hides the matrix it is cut from.
     """
     if not isinstance(param, Tensor) or not (param.requires_grad or param.is_floating_point()):
         return  # for what is no tensor torch's own message is better
@@ -110,5 +110,30 @@ def check_parameter(param: object) -> None:
             f"Butterfly needs real floating point parameters, got {param.dtype}; "
             "optimize torch.view_as_real(parameter) for complex ones"
         )
-    if type(param).__name__ == "DTensor" or param.layout != torch.strided:
-        raise NotImplementedError(f"Butterfly does not support {type(param).__name__} or sparse parameters")
+    if param.layout != torch.strided:
+        raise NotImplementedError(f"Butterfly does not support sparse parameters, got layout {param.layout}")
+    if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
+        raise NotImplementedError(
+            "FullyShardedDataParallel flattens its parameters, which hides the matrices that Butterfly rotates; "
+            "shard the model with torch.distributed.fsdp.fully_shard"
+        )
+    if hasattr(param, "ds_id"):
+        raise NotImplementedError(
+            "DeepSpeed's ZeRO stage 3 keeps slices of flattened parameters, which hide the matrices that Butterfly "
+            "rotates; shard the model with torch.distributed.fsdp.fully_shard"
+        )
+
+
+def check_sharded(group: Options) -> None:
+    """Raises unless the options of a group fit parameters that are cut over processes.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if group["structure"] == "flat" or group["diagonal"] == "newton":
+        name = "structure" if group["structure"] == "flat" else "diagonal"
+        raise ValueError(f"{name}={group[name]!r} needs whole parameters, got DTensors that are cut over processes")
+    if group["lead"] == group["block"]:
+        raise ValueError(f"DTensors that are cut over processes need lead < block, got lead = block = {group['lead']}")
+    if group["backend"] == "triton":
+        raise ValueError("backend='triton' needs whole parameters; use backend='auto'")

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from butterfly_opt.plan import Plan, Stage, make_plan
+from butterfly_opt.plan import Plan, Run, Stage, make_plan
 
 MAX_DENSE_LENGTH = 128
 """Axes up to this length are rotated by one dense product: on a CPU faster than the stages, which beat it from 200 on
@@ -69,11 +69,8 @@ class Rotation:
     ) -> "Rotation":
         """Rotations that leave everything as it is, with statistics of zero."""
         plan = make_plan(n, block, lead)
-        moments = torch.zeros(count, plan.numel, dtype=dtype, device=device)
-        matrices = torch.zeros_like(moments)
-        for view in (view for runs in plan.views(matrices) for view in runs):
-            view.diagonal(dim1=-2, dim2=-1).fill_(1)
-        return cls(plan, matrices, moments)
+        matrices = identity_matrices(plan, count, dtype, device)
+        return cls(plan, matrices, torch.zeros_like(matrices))
 
     @property
     def count(self) -> int:
@@ -166,19 +163,36 @@ class Rotation:
 
         Cost: that of a rotation, and as much again for the products.
         """
-        weight = weight.view(-1, 1, 1, 1) if isinstance(weight, Tensor) else weight
-        for moments, _, entering in self._entering(values):
-            for moment, v in zip(moments, entering, strict=True):
-                moment.lerp_(v @ v.mT, weight)
+        self.take_moments_(self.second_moments(values), weight)
+
+    def second_moments(self, values: Tensor) -> Tensor:
+        """``v v^T`` of every group, ``(count, plan.numel)``, of ``values`` as ``observe_`` takes them."""
+        found = torch.empty_like(self.matrices)
+        for views, (_, _, entering) in zip(self.plan.views(found), self._entering(values), strict=True):
+            for view, v in zip(views, entering, strict=True):
+                view.copy_(v @ v.mT)
+        return found
+
+    def take_moments_(self, found: Tensor, weight: float | Tensor) -> None:
+        """``C <- (1 - weight) C + weight found``, see ``observe_``."""
+        assert self.moments is not None
+        self.moments.lerp_(found, weight.view(-1, 1) if isinstance(weight, Tensor) else weight)
 
     def start_(self, values: Tensor) -> None:
         """Fits the matrices to the second moments of ``values`` alone, by eigenvectors, leading first.
 
         ``values`` must be finite, which is not checked here: it would wait for a GPU.
         """
+        for _ in self.starting_(values):
+            pass
+
+    def starting_(self, values: Tensor) -> Iterator[list[Tensor]]:
+        """``start_`` stage by stage: yields second moments before it fits to them, so that others' can be added."""
         for moments, matrices, entering in self._entering(values):
-            for moment, matrix, v in zip(moments, matrices, entering, strict=True):
+            for moment, v in zip(moments, entering, strict=True):
                 moment.copy_(v @ v.mT)
+            yield moments
+            for moment, matrix in zip(moments, matrices, strict=True):
                 matrix.copy_(_eigenvectors(moment))
 
     def _entering(self, values: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
@@ -203,23 +217,35 @@ class Rotation:
             raise ValueError("this rotation keeps no second moments")
         return self._moments
 
-    def refit_(self, usable: Tensor | None = None) -> None:
+    def refit_(self, usable: Tensor | None = None, *, entering: Tensor | None = None) -> Tensor | None:
         """One orthogonal iteration of every group on its second moment, with transport, in place.
 
         Args:
             usable: bool ``(count,)``; rotations where it is False stay as they are.
+            entering: how the coordinates themselves have turned, ``(count, n, n)``; groups see their own blocks of it.
+                Of the leading plan only.
+
+        Returns:
+            How the leading outputs of the last stage have turned, ``(count, groups, lead, lead)``; None in the full
+            plan, whose outputs all go on, and without a stage.
 
         Cost: a QR decomposition and four products of each group.
         """
         change: Tensor | None = None  # of the leading outputs of the stage before, (count, groups, lead, lead)
         keep = None if usable is None else ~usable.view(-1, 1, 1, 1)
-        for (_, matrices), moments in zip(self._stages, self._known_moments(), strict=True):
+        for (stage, matrices), moments in zip(self._stages, self._known_moments(), strict=True):
             changes = []
-            for moment, matrix in zip(moments, matrices, strict=True):
+            first = 0
+            for run, moment, matrix in zip(stage.runs, moments, matrices, strict=True):
                 before, moved = matrix, moment
+                own: Tensor | None = None
                 if change is not None:
-                    children = matrix.shape[1] * (matrix.shape[-1] // self.plan.lead)
+                    children = run.span // self.plan.lead
                     own, change = change[:, :children], change[:, children:]
+                elif entering is not None and stage is self.plan.stages[0]:
+                    own = _own_blocks(entering[:, first : first + run.span, first : first + run.span], run)
+                    first += run.span
+                if own is not None:
                     moved = _transport(own, _transport(own, moment).mT).mT
                     before = _transport(own, matrix)
                 shift = SHIFT[matrix.dtype] * moved.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -232,6 +258,15 @@ class Rotation:
                 matrix.copy_(after)
                 moment.copy_(moved)
             change = _join(changes) if changes else None
+        return change
+
+
+def identity_matrices(plan: Plan, count: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+    """Matrices of ``count`` rotations that leave everything as it is, ``(count, plan.numel)``."""
+    matrices = torch.zeros(count, plan.numel, dtype=dtype, device=device)
+    for view in (view for runs in plan.views(matrices) for view in runs):
+        view.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return matrices
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -294,6 +329,12 @@ def _transport(change: Tensor, matrix: Tensor) -> Tensor:
     lead = change.shape[-1]
     rows = matrix.reshape(count, groups * (size // lead), lead, columns)
     return (change @ rows).view(count, groups, size, columns)
+
+
+def _own_blocks(matrix: Tensor, run: Run) -> Tensor:
+    """The diagonal blocks ``(count, groups, size, size)`` of ``(count, span, span)``."""
+    split = matrix.reshape(len(matrix), *run, *run)
+    return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
 def _children(blocks: Tensor, lead: int) -> Tensor:

@@ -8,7 +8,9 @@ The state of a tensor lies in ``optimizer.state`` under its (first) parameter, t
     exp_avg_sq   A, in rotated coordinates, of the same shape
     param_avg    thetabar, the average of the parameters with the weights of gbar (secant)
     disp_sq, cross   B and C, in rotated coordinates (secant)
-    rotation{i}, moment{i}   matrices and second moments of the i-th rotated axis (``rotation.Rotation``)
+    rotation{i}, moment{i}   matrices and second moments of the i-th rotated axis (``rotation.Rotation``), or
+    shard_rotation{i}, shard_moment{i}   of an axis that is cut over processes (``sharding``)
+    shards{i}    int, number of shards of that axis
     prev_param, prev_grad    the last step's, beside the sums of ``secant`` and ``newton`` (newton)
     momentum_steps   0-d, steps of an Adam that ``exp_avg`` was taken over from (only then)
 
@@ -19,14 +21,17 @@ one call for all of them and copies nothing. A state that was replaced (``load_s
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from inspect import iscoroutine
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from butterfly_opt.collectives import Sum
+from butterfly_opt.dtensor import is_sharded, like, local
 from butterfly_opt.layout import TensorLayout
-from butterfly_opt.plan import make_plan
 from butterfly_opt.rotation import Rotation
+from butterfly_opt.sharding import ShardedRotation, basis_names, basis_shape, new_basis, rotation_of
 
 State = dict[str, Any]
 
@@ -37,6 +42,8 @@ AVERAGES = {
     "newton": ("prev_param", "prev_grad"),
 }
 """What each diagonal keeps in the shape of the parameter."""
+
+BASIS = ("rotation", "moment", "shard_rotation", "shard_moment")
 
 MAX_STACKED = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Elements of a stack: on a CPU what stays in its second-level cache over a step, on a GPU what fills it."""
@@ -57,30 +64,39 @@ def new_state(layout: TensorLayout, options: Any) -> State:
     state: State = {"calls": 0}
     state |= {name: torch.zeros((), device=owner.device) for name in COUNTERS}
     for name in AVERAGES[options["diagonal"]]:
-        state[name] = torch.zeros(layout.state_shape, dtype=dtype, device=owner.device)
+        state[name] = (
+            torch.zeros_like(owner, dtype=dtype, requires_grad=False)
+            if is_sharded(owner)
+            else torch.zeros(layout.state_shape, dtype=dtype, device=owner.device)
+        )
     if "param_avg" in state:
         # thetabar_0 = theta_1, so that the first displacement is zero.
-        state["param_avg"] = layout.gather([p.detach() for p in layout.params]).clone().view(layout.state_shape)
-    for axis, dim in enumerate(layout.rotated):
-        rotation = Rotation.identity(
-            layout.shape[dim], block=options["block"], lead=options["lead"], count=layout.shape[0], dtype=dtype,
-            device=owner.device,
-        )  # fmt: skip
-        state[f"rotation{axis}"], state[f"moment{axis}"] = rotation.matrices, rotation.moments
-    return state
+        start = layout.gather([p.detach() for p in layout.params])
+        local(state["param_avg"]).copy_(start.view_as(local(state["param_avg"])))
+    for dim, names in zip(layout.rotated, basis_names(layout), strict=True):
+        state |= zip(names, new_basis(layout, dim, options), strict=True)
+    return state | shard_counts(layout)
+
+
+def shard_counts(layout: TensorLayout) -> dict[str, int]:
+    """Into how many shards its rotated axes are cut: of another number the bases are others."""
+    cuts = dict(layout.cuts)
+    return {f"shards{axis}": cuts[dim].shards for axis, dim in enumerate(layout.rotated) if dim in cuts}
 
 
 def check_state(state: State, layout: TensorLayout, options: Any) -> bool:
     """Whether a state is one of ``new_state`` for this tensor and these options."""
     expected = dict.fromkeys(AVERAGES[options["diagonal"]], layout.state_shape)
-    for axis, dim in enumerate(layout.rotated):
-        numel = make_plan(layout.shape[dim], options["block"], options["lead"]).numel
-        expected |= dict.fromkeys((f"rotation{axis}", f"moment{axis}"), torch.Size((layout.shape[0], numel)))
+    for dim, names in zip(layout.rotated, basis_names(layout), strict=True):
+        expected |= dict.fromkeys(names, basis_shape(layout, dim, options))
+    counts = shard_counts(layout)
+    if any(state.get(name) != count for name, count in counts.items()):
+        return False
     if options["diagonal"] == "newton":
         return all(name in state and state[name].shape == shape for name, shape in expected.items()) and (
             (state.get("block"), state.get("lead")) == (options["block"], options["lead"])
         )
-    others = {*sum(AVERAGES.values(), ()), *(f"{name}{axis}" for name in ("rotation", "moment") for axis in (0, 1))}
+    others = {*sum(AVERAGES.values(), ()), *(f"{name}{axis}" for name in BASIS for axis in (0, 1))}
     fits = all(name in state and state[name].shape == shape for name, shape in expected.items())
     return fits and not (others - expected.keys()) & state.keys()
 
@@ -142,7 +158,8 @@ class Stack:
 
     def __init__(self, layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, phase: int) -> None:
         self.layouts, self.states, self.options, self.phase = layouts, states, options, phase
-        self.streams = [(phase << 16) + i for i in range(len(layouts))]
+        shard = sum(cut.index for _, cut in layouts[0].cuts)
+        self.streams = [(shard << 24) + (phase << 16) + i for i in range(len(layouts))]
         self.numbers: Numbers
         self.largest = torch.zeros(len(layouts), device=layouts[0].owner.device)
         self.active = torch.ones(len(layouts), dtype=torch.bool, device=layouts[0].owner.device)
@@ -150,15 +167,18 @@ class Stack:
         self.is_readable = is_on_host and not options["capturable"]
         self.all_usable, self._is_settled, self._made_of = False, True, self._described()
         _, rows, columns = self.shape = layouts[0].shape
+        bases = basis_names(layouts[0])
+        self._names = [*COUNTERS, *AVERAGES[options["diagonal"]], *(name for names in bases for name in names)]
         names = AVERAGES[options["diagonal"]]
-        self.averages = {name: self._join(name).view(-1, rows, columns) for name in names}
+        count = len(layouts) * self.shape[0]
+        self.averages = {name: self._join(name).view(count, rows, columns) for name in names}
         # A counter for each tensor of a batch: they step together.
         self.counters = {name: self._join(name) for name in COUNTERS}
-        self.rotations: list[tuple[int, Rotation]] = []
-        for axis, dim in enumerate(layouts[0].rotated):
-            plan = make_plan(self.shape[dim], options["block"], options["lead"])
-            matrices, moments = (self._join(f"{name}{axis}").view(-1, plan.numel) for name in ("rotation", "moment"))
-            self.rotations.append((dim, Rotation(plan, matrices, moments)))
+        self.rotations: list[tuple[int, Rotation | ShardedRotation]] = []
+        for dim, (matrices, moments) in zip(layouts[0].rotated, bases, strict=True):
+            basis = [self._join(name) for name in (matrices, moments)]
+            flat = [own.view(count, own.shape[2:].numel()) for own in basis]
+            self.rotations.append((dim, rotation_of(layouts[0], dim, options, *flat)))
         taken_over = any("momentum_steps" in state for state in states)
         zero = torch.zeros((), device=layouts[0].owner.device)
         self.momentum_steps = (
@@ -166,23 +186,14 @@ class Stack:
         )
         self._views = [state[name] for state in states for name in self._names]
 
-    @property
-    def _names(self) -> list[str]:
-        axes = range(len(self.layouts[0].rotated))
-        return [
-            *COUNTERS,
-            *AVERAGES[self.options["diagonal"]],
-            *(f"{n}{i}" for i in axes for n in ("rotation", "moment")),
-        ]
-
     def _join(self, name: str) -> Tensor:
         """A state of all tensors in one storage, ``(tensors, *shape)``; the states become views of it."""
-        own = [state[name] for state in self.states]
+        own = [local(state[name]) for state in self.states]
         if len(own) == 1:
             return own[0].unsqueeze(0)
         joined = torch.stack(own)
         for state, view in zip(self.states, joined.unbind(), strict=True):
-            state[name] = view
+            state[name] = like(state[name], view)
         return joined
 
     @property
@@ -222,7 +233,7 @@ class Stack:
 
     def _described(self) -> tuple[Any, ...]:
         owners = [layout.owner for layout in self.layouts]
-        names = ("structure", "batch_dims", "diagonal", "block", "lead", "capturable")
+        names = ("structure", "batch_dims", "cross_shard", "diagonal", "block", "lead", "capturable")
         options = (self.options[name] for name in names)
         return *options, *((owner.device, owner.dtype) for owner in owners)
 
@@ -232,9 +243,14 @@ class Stack:
             for state in self.states:
                 for name in self._names:
                     if isinstance(state.get(name), Tensor):
-                        state[name] = state[name].clone()
+                        state[name] = like(state[name], local(state[name]).clone())
 
-    def to_rotated(self, *values: Tensor) -> Sequence[Tensor]:
+    @property
+    def whole_rotations(self) -> list[tuple[int, Rotation]]:
+        """The rotated dimensions with their rotations; of a shard, with what it rotates by itself."""
+        return [(dim, r if isinstance(r, Rotation) else r.inner) for dim, r in self.rotations]
+
+    async def to_rotated(self, *values: Tensor) -> Sequence[Tensor]:
         """``Q^T x`` for several ``(count, rows, columns)``; the values themselves where no axis is rotated."""
         if not self.rotations:
             return values
@@ -243,14 +259,26 @@ class Stack:
         count, rows, number, columns = together.shape
         for dim, rotation in self.rotations:
             shape = (rows, number * columns) if dim == -2 else (rows * number, columns)
-            together = rotation.to_rotated(together.view(count, *shape), dim=dim)
+            together = await settled(rotation.to_rotated(together.view(count, *shape), dim=dim))
         return together.view(count, rows, number, columns).unbind(2)
 
-    def from_rotated(self, u: Tensor) -> Tensor:
+    async def from_rotated(self, u: Tensor) -> Tensor:
         """``Q u``, the inverse of ``to_rotated``."""
         for dim, rotation in self.rotations:
-            u = rotation.from_rotated(u, dim=dim)
+            u = await settled(rotation.from_rotated(u, dim=dim))
         return u
+
+    async def means(self, *values: Tensor) -> Sequence[Tensor]:
+        """The mean of several ``(count, rows, columns)`` over each tensor, all its shards, ``(count, 1, 1)`` each."""
+        layout = self.layouts[0]
+        cuts = dict(layout.cuts if layout.cross_shard else ())
+        batch = cuts.pop(-3).n if -3 in cuts else self.shape[0]
+        if not cuts:
+            return [value.mean((-2, -1), keepdim=True) for value in values]
+        sums = torch.stack([value.sum((-2, -1), keepdim=True) for value in values])
+        for cut in cuts.values():
+            sums = await Sum(sums, cut.group)
+        return (sums / (layout.owner.numel() // batch)).unbind()
 
     def per_tensor(self, values: Tensor) -> Tensor:
         """Numbers of each tensor ``(tensors,)``, to broadcast: ``(count, 1, 1)``."""
@@ -266,7 +294,8 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
         room = MAX_STACKED.get(device.type, MAX_STACKED["cuda"])
         # On a CPU a tensor starts by itself, at its first gradient that is not zero; others do not wait for it.
         waits = id(layout.owner) if device.type == "cpu" and not state["calls"] else None
-        key = (layout.state_shape, layout.shape, layout.rotated, layout.owner.dtype, device, state["calls"], waits)
+        cuts, dtype = layout.cuts, layout.owner.dtype
+        key = (layout.state_shape, layout.shape, layout.rotated, cuts, dtype, device, state["calls"], waits)
         known = alike[key]
         if known and (options["diagonal"] == "newton" or (len(known) + 1) * layout.owner.numel() > room):
             full.append(known)
@@ -278,6 +307,11 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
         Stack([layout for layout, _ in members], [state for _, state in members], options, phase)
         for phase, members in enumerate(groups)
     ]
+
+
+async def settled(result: Any) -> Any:
+    """The result of a rotation's method, which of a sharded axis is awaited."""
+    return await result if iscoroutine(result) else result
 
 
 def release(stacks: Iterable[Stack]) -> None:

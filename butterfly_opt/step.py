@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from butterfly_opt.diagonal import regress
+from butterfly_opt.dtensor import local, local_gradient
 from butterfly_opt.options import Options
 from butterfly_opt.rounding import round_stochastically
-from butterfly_opt.stack import Numbers, Stack
+from butterfly_opt.stack import Numbers, Stack, settled
 
 MOMENT_BETA = 0.9
 """Decay a step of the second moments that the basis is fitted to: 0.95 and 0.99 follow the drift too late."""
@@ -35,8 +36,8 @@ ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
 """Share of the largest gradient entry that a rotated coordinate must have: a few roundings, added up over stages."""
 
 
-def take_step_(stack: Stack, usable: Tensor) -> None:
-    """Steps the tensors of a stack: state and parameters change in place.
+async def take_step_(stack: Stack, usable: Tensor) -> None:
+    """Steps the tensors of a stack: state and parameters change in place; what other processes know is awaited.
 
     Args:
         stack: tensors whose parameters hold their gradients.
@@ -48,22 +49,23 @@ def take_step_(stack: Stack, usable: Tensor) -> None:
     if not stack.all_usable:
         y = torch.where(stack.per_tensor(usable), y, 0.0)
     exp_avg.addcmul_(y, n.mean)
-    fit_basis_(stack, y, n, usable)
+    await fit_basis_(stack, y, n, usable)
     if options["diagonal"] == "innovation":
-        u, m = stack.to_rotated(y, exp_avg)
+        u, m = await stack.to_rotated(y, exp_avg)
         average_product_(energy, u, u, n.square)
     else:
         param_avg, disp_sq, cross = (averages[name] for name in ("param_avg", "disp_sq", "cross"))
         s = parameters(stack) - param_avg
         param_avg.addcmul_(s, n.mean)
-        u, m, w = stack.to_rotated(y, exp_avg, s)
+        u, m, w = await stack.to_rotated(y, exp_avg, s)
         average_product_(energy, u, u, n.square)
         average_product_(disp_sq, w, w, n.pair)
         average_product_(cross, u, w, n.pair)
-        energy = regress(energy, disp_sq, cross, beta2=options["betas"][1], step=n.step).energy
+        means = await stack.means(disp_sq, cross.abs())
+        energy = regress(energy, disp_sq, cross, beta2=options["betas"][1], step=n.step, means=means).energy
     scale = torch.addcmul(energy, m, m).sqrt_().add_(n.floor)
     # Not in place: where nothing is rotated m is the average itself.
-    change = stack.from_rotated(m / scale).mul_(-n.lr)
+    change = (await stack.from_rotated(m / scale)).mul_(-n.lr)
     write_(stack, change.masked_fill_(exp_avg == 0, 0.0), n)
 
 
@@ -104,7 +106,7 @@ def count_steps_(stacks: Sequence[Stack], usable: Sequence[Tensor]) -> None:
         stack.numbers = Numbers(*columns.view(len(rows), -1, 1, 1).unbind())
 
 
-def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> None:
+async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> None:
     """Takes the innovations into the second moments of each axis, and refits its rotation, where that is due."""
     if not stack.calls:
         return
@@ -112,12 +114,12 @@ def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> None:
     for dim, rotation in stack.rotations:
         values = y if dim == -2 else y.mT
         if stack.calls == 1:
-            rotation.start_(values)
+            await settled(rotation.start_(values))
             continue
         if observe:
-            rotation.observe_(values, observation_weight(n, span))
+            await settled(rotation.observe_(values, observation_weight(n, span)))
         if refit:
-            rotation.refit_(None if stack.all_usable else stack.per_tensor(usable).view(-1))
+            await settled(rotation.refit_(None if stack.all_usable else stack.per_tensor(usable).view(-1)))
 
 
 def observation_weight(n: Numbers, span: int) -> Tensor:
@@ -144,11 +146,15 @@ def average_product_(average: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> N
 
 
 def gradient(param: Tensor, grad: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
-    """The gradient of a parameter that is descended, with L2 decay and ``maximize``; ``grad`` itself without either."""
+    """The gradient of a parameter that is descended, with L2 decay and ``maximize``; ``grad`` itself without either.
+
+    Of a ``DTensor`` the shard of this process.
+    """
+    grad = local_gradient(param, grad)
     grad = -grad if options["maximize"] else grad
     if options["decoupled_weight_decay"] or not options["weight_decay"]:
         return grad
-    return grad.to(dtype) + options["weight_decay"] * param.detach()
+    return grad.to(dtype) + options["weight_decay"] * local(param.detach())
 
 
 def gradients(stack: Stack) -> Tensor:
@@ -181,6 +187,7 @@ def write_(stack: Stack, change: Tensor, n: Numbers) -> None:
         for part, param in zip(layout.scatter(own), layout.params, strict=True):
             if param.grad is None:
                 continue
+            param = local(param)
             if param.dtype == part.dtype:
                 param.mul_(keep[i * batch].view(())) if decays else None
                 param.add_(part)

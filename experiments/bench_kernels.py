@@ -21,6 +21,7 @@ import torch
 from experiments.benchmarking import RowWriter, copy_bandwidth, environment, measure, note, parse_arguments
 
 if TYPE_CHECKING:
+    from butterfly_opt.backend import TakeStep
     from butterfly_opt.stack import Stack
 
 COLUMNS = (
@@ -87,6 +88,7 @@ def make_stacks(shapes: Shapes, batch_dims: int, device: torch.device, diagonal:
         "lr": 0.0, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False,
         "maximize": False, "capturable": False, "stochastic_rounding": False, "diagonal": diagonal, "block": block,
         "lead": lead, "refit_every": 10, "structure": "axes", "batch_dims": batch_dims,
+        "cross_shard": True,
     }  # fmt: skip
     params = [torch.randn(shape, device=device) for shape in shapes]
     for param in params:
@@ -107,12 +109,12 @@ def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
 
     operands = [fused._operands(stack, fused._source(stack), stack.active) for stack in stacks]
     sums = [kernels.take_rest_(own) for own in operands]
-    rotated = [(stack, own) for stack, own in zip(stacks, operands, strict=True) if stack.rotations]
+    rotated = [(stack, own) for stack, own in zip(stacks, operands, strict=True) if stack.whole_rotations]
     moved = {"": 0.0}
     for stack in stacks:
         counts = fused.step_bytes(
             stack.shape[1], stack.shape[2], diagonal=diagonal, block=stack.options["block"],
-            lead=stack.options["lead"], rotated=tuple(dim for dim, _ in stack.rotations),
+            lead=stack.options["lead"], rotated=tuple(dim for dim, _ in stack.whole_rotations),
         )  # fmt: skip
         numel = stack.averages["exp_avg"].numel()
         for name, count in counts.items():
@@ -123,7 +125,7 @@ def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
     def later(back: bool) -> None:
         for stack, own in rotated:
             values = own.values[1:2] if back else own.values
-            for dim, rotation in stack.rotations:
+            for dim, rotation in stack.whole_rotations:
                 fused._later_stages_(values, rotation, dim=dim, back=back)
 
     yield Case("forth", moved["forth"], functools.partial(_each, kernels.forth_, operands))
@@ -142,7 +144,7 @@ def fit_cases(rotated: Sequence[tuple[Stack, Any]]) -> Iterator[Case]:
     """An observation of both axes, and a refit."""
     from butterfly_opt import fused
 
-    rotations = [(stack, dim, rotation) for stack, _ in rotated for dim, rotation in stack.rotations]
+    rotations = [(stack, dim, rotation) for stack, _ in rotated for dim, rotation in stack.whole_rotations]
     observed, entries = 0.0, 0.0
     for stack, _, rotation in rotations:
         shares = [sum(run.span for run in s.runs) / rotation.plan.n for s in rotation.plan.stages]
@@ -170,12 +172,14 @@ def _each(function: Callable[..., object], *lists: Sequence[Any]) -> None:
         function(*arguments)
 
 
-def _plain_step(take_step_: Callable[[Stack, torch.Tensor], None], stack: Stack) -> None:
+def _plain_step(take_step_: TakeStep, stack: Stack) -> None:
     """A step that neither observes nor refits."""
+    from butterfly_opt.collectives import run
+
     stack.phase = 0
     for state in stack.states:
         state["calls"] = 1001
-    take_step_(stack, stack.active)
+    run([take_step_(stack, stack.active)])
 
 
 def all_cases(device: torch.device) -> Iterator[tuple[str, str, Case]]:

@@ -23,14 +23,17 @@ MATHEMATICS: dict[str, set[str]] = {
 """The mathematics without an optimizer: a module, and what it may import of the package."""
 
 LAYERS: dict[str, set[str]] = {
-    "layout": set(),
+    "collectives": set(),
+    "dtensor": set(),
+    "layout": {"collectives", "dtensor"},
     "options": {"layout", "plan"},
-    "stack": {"layout", "plan", "rotation", "options", "secant", "newton"},
-    "step": {"stack", "diagonal", "options", "rounding", "rotation"},
-    "estimate": {"newton", "secant", "stack", "step", "diagonal", "rotation", "basis", "operators"},
-    "diagnostics": {"stack", "estimate", "rotation"},
+    "sharding": {"collectives", "dtensor", "layout", "options", "plan", "rotation"},
+    "stack": {"collectives", "dtensor", "layout", "rotation", "sharding"},
+    "step": {"stack", "diagonal", "dtensor", "options", "rounding", "rotation"},
+    "estimate": {"collectives", "secant", "stack", "step", "diagonal", "rotation", "basis", "operators"},
+    "diagnostics": {"dtensor", "stack", "estimate", "rotation"},
     "fused": {"step", "stack", "diagonal", "rotation", "plan", "triton_kernels"},
-    "backend": {"step", "stack", "options", "fused"},
+    "backend": {"collectives", "step", "stack", "options", "fused"},
 }
 """From the bottom to the top, below the optimizer: no module imports one that stands after it."""
 
@@ -139,7 +142,7 @@ def test_there_is_no_circle() -> None:
 
 
 def test_a_plain_step_is_in_few_files() -> None:
-    """One matrix and one bias, on the torch path: optimizer, stack, step, layout, rotation (and its plan)."""
+    """One matrix and one bias, on the torch path: optimizer, stack, step, layout, rotation and what they ask."""
     script = """
 import sys, torch
 from butterfly_opt import Butterfly
@@ -158,7 +161,8 @@ print(*sorted(seen))
 """
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert set(found.stdout.split()) <= {
-        "optimizer.py", "backend.py", "stack.py", "step.py", "layout.py", "rotation.py", "plan.py",
+        "optimizer.py", "backend.py", "stack.py", "step.py", "layout.py", "rotation.py", "plan.py", "collectives.py",
+        "dtensor.py",
     }  # fmt: skip
 
 

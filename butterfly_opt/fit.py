@@ -82,7 +82,7 @@ def fit_symmetric(
         same plan is found to rounding: a leading one, and the full one of radix 2.
 
     Raises:
-        TypeError: if the matrix is neither float32 nor float64.
+        TypeError: if the matrix is no tensor, or neither float32 nor float64.
         ValueError: if the matrix is empty, not square, not finite or not symmetric; for "logdet", if it is not
             positive definite; if an option is out of range.
 
@@ -92,10 +92,11 @@ def fit_symmetric(
         >>> fit = fit_symmetric(hessian, block=32, lead=16)
         >>> fit.operator @ x, fit.error
     """
-    if isinstance(matrix, Tensor):
-        dense = matrix.detach()
-    else:
+    if callable(matrix):
         dense = _dense(matrix, n, torch.get_default_dtype() if dtype is None else dtype, device)
+    else:
+        _check_tensor("matrix", matrix)
+        dense = matrix.detach()
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
     _check_symmetric(dense)
@@ -224,7 +225,13 @@ def _dense(
     return torch.cat(columns, dim=1)
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
+
+
 def _check_floating(name: str, tensor: Tensor) -> None:
+    _check_tensor(name, tensor)
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
     if not torch.isfinite(tensor).all():

@@ -160,11 +160,13 @@ def check_pair(state: State, delta_theta: Tensor, delta_grad: Tensor) -> None:
     """Checks a pair before it enters the state. Cost: it reads both tensors, and waits for a GPU.
 
     Raises:
-        TypeError: if a tensor is not real floating point.
+        TypeError: if one is no tensor, or not real floating point.
         ValueError: if a shape differs, an entry is not finite, or the displacement is zero.
     """
     shape = state["values"].shape
     for name, x in (("delta_theta", delta_theta), ("delta_grad", delta_grad)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor")
         if not x.dtype.is_floating_point:
             raise TypeError(f"{name} must be real floating point, got {x.dtype}")
         if x.shape != shape:

@@ -1,5 +1,6 @@
 """What users change between two steps: parameters by hand, hyper-parameters, devices and dtypes of the model."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,29 @@ def test_projected_weights_keep_their_estimate(project: Callable[[Tensor], Tenso
     print(f"found / true curvature: median {ratio.median():.3f}")
     assert 0.5 < ratio.median() < 2
     assert opt.diagnostics()[0]["tensors"][0]["curvature_quantiles"]
+
+
+def test_an_embedding_that_scales_its_rows_keeps_its_estimate() -> None:
+    """``max_norm`` writes to the rows in each forward pass: the average follows, nothing restarts or warns."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        embedding = nn.Embedding(12, 6, max_norm=1.0)
+        target = torch.randn(12, 6)
+    opt = Butterfly(embedding.parameters(), lr=0.05, betas=(0.8, 0.9), diagonal="secant")
+    seen: list[Tensor] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(16):
+            opt.zero_grad()
+            rows = torch.arange(step % 2, 12, 2)
+            (embedding(rows) - target[rows]).square().sum().backward()
+            seen.append(embedding.weight.detach().clone())
+            opt.step()
+    weights = [0.2 * 0.8 ** (15 - i) / (1 - 0.8**16) for i in range(16)]
+    average = sum(w * own.double() for w, own in zip(weights, seen, strict=True))
+    state = opt.state[embedding.weight]
+    assert int(state["step"]) == 16
+    torch.testing.assert_close(state["param_avg"].double(), average, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("diagonal", ["innovation", "secant"])

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -14,6 +15,7 @@ from butterfly_opt.basis import Basis
 from butterfly_opt.fit import fit_covariance, fit_inverse, fit_symmetric
 from butterfly_opt.operators import RotatedDiagonal
 from butterfly_opt.rotation import Rotation, orthogonalize
+from butterfly_opt.secant import SecantEstimate
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 EXACT = {torch.float32: 5e-5, torch.float64: 1e-11}
@@ -326,4 +328,18 @@ def test_pairs_that_are_refused(pairs, options, message):
 )
 def test_other_dtypes_are_refused(call):
     with pytest.raises(TypeError, match=r"must be float32 or float64, got torch\."):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: fit_symmetric(np.eye(3)), "matrix"),
+        (lambda: fit_covariance(np.ones((5, 3))), "samples"),
+        (lambda: fit_inverse([(np.ones(3), np.ones(3))]), "delta_theta"),
+        (lambda: SecantEstimate((3,)).update(np.ones(3), np.ones(3)), "delta_theta"),
+    ],
+)
+def test_arrays_are_refused_by_name(call, name):
+    with pytest.raises(TypeError, match=rf"{name} must be a torch\.Tensor, got ndarray; use torch\.as_tensor"):
         call()

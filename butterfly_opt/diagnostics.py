@@ -25,7 +25,7 @@ def describe(stack: Stack) -> dict[str, Any]:
         "nonfinite_steps": int(state["skipped"].item()),
         "state_bytes": sum(local(v).numel() * v.element_size() for v in state.values() if isinstance(v, Tensor)),
     }
-    if "exp_avg_sq" in stack.averages:
+    if "exp_avg_sq" in stack.averages and stack.averages["exp_avg_sq"].numel():
         numbers["noise_quantiles"] = _quantiles(stack.averages["exp_avg_sq"].sqrt())
     if stack.options["diagonal"] == "secant" and not stack.layouts[0].groups:
         found = curvature(stack)

@@ -16,6 +16,7 @@ from butterfly_opt import newton
 from butterfly_opt.backend import TakeStep, choose_step
 from butterfly_opt.collectives import all_reduce_max, run
 from butterfly_opt.diagnostics import describe
+from butterfly_opt.dtensor import is_sharded
 from butterfly_opt.estimate import inverse_hessian_of, preconditioner_of
 from butterfly_opt.layout import TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
@@ -134,6 +135,7 @@ class Butterfly(Optimizer):
         """Drops what is derived from the state."""
         self._stacks: dict[int, list[Stack]] = {}
         self._known_skips = 0
+        self._has_matrix: dict[int, bool] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -155,19 +157,31 @@ class Butterfly(Optimizer):
         if all(isinstance(param, Tensor) for param in tensors):
             _layouts({**merged, "params": tensors})
         super().add_param_group({**param_group, **{k: merged[k] for k in param_group if k != "params"}})
+        self._has_matrix[len(self.param_groups) - 1] = any(param.dim() > 1 for param in tensors)
+
+    def init_state(self) -> None:
+        """Makes the state of every trainable parameter before its first gradient.
+
+        A checkpoint can then be loaded into it in place, as ``torch.distributed.checkpoint`` does.
+        """
+        for group in self.param_groups:
+            for layout in _layouts(group):
+                if any(param.requires_grad for param in layout.params):
+                    self._state_of(layout, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; its tensors keep their own dtype (float32) also beside bfloat16 parameters.
 
         Where both sides have names, a group's parameters are matched by them. The state of ``torch.optim.Adam`` or
-        ``AdamW`` is taken over: its momentum goes on, the squares and the basis start afresh.
+        ``AdamW`` is taken over: its momentum goes on, the squares and the basis start afresh. So do those of a
+        parameter that was cut over another number of processes.
 
         Raises:
             ValueError: if the state is that of another optimizer, or of a ``flat`` group in another order; nothing has
                 changed then.
 
         Warns:
-            UserWarning: if a state of Adam is taken over, or names differ.
+            UserWarning: if a state of Adam, or of another number of processes, is taken over, or names differ.
         """
         prepared: list[dict[str, Any]] = []
 
@@ -224,7 +238,7 @@ class Butterfly(Optimizer):
 
     def _adopt_states(self, state_dict: dict[str, Any], options: list[Options]) -> None:
         """Undoes torch's cast of the state to the parameters' dtype, and takes over states of Adam."""
-        adopted = 0
+        adopted = resharded = 0
         for group, saved_group, own in zip(self.param_groups, state_dict["param_groups"], options, strict=True):
             decays = [float(beta) for beta in group["betas"]]
             states = [state_dict["state"].get(i, {}) for i in saved_group["params"]]
@@ -241,10 +255,18 @@ class Butterfly(Optimizer):
                 if saved and is_adam:
                     self.state[param] = _taken_over(param, saved, group, decays[0])
                     adopted += 1
+                elif "calls" in saved and _is_resharded(param, self.state[param], group):
+                    self.state[param] = _resharded(param, self.state[param], group)
+                    resharded += 1
         if adopted:
             _warn(
                 f"{adopted} states of Adam were taken over: the momentum goes on; squares and bases start afresh, and "
                 "all options but lr and weight decay are those of this optimizer"
+            )
+        if resharded:
+            _warn(
+                f"{resharded} states are those of parameters that were cut over another number of processes: the "
+                "momentum goes on; squares and bases start afresh"
             )
 
     @torch._disable_dynamo  # Traced, a step would be compiled again with every change of its schedule.
@@ -294,6 +316,11 @@ class Butterfly(Optimizer):
         group = self.param_groups[index]
         layouts = [layout for layout in _layouts(group) if any(_has_gradient(param) for param in layout.params)]
         known = self._stacks.get(index, [])
+        if self._has_matrix.get(index) and all(param.dim() < 2 for param in group["params"]):
+            raise RuntimeError(
+                "the matrices of this group were replaced by flat vectors, as DeepSpeed's ZeRO does, which hides what "
+                "Butterfly rotates; shard the model with torch.distributed.fsdp.fully_shard"
+            )
         owners = [layout.owner for layout in layouts]
         same = {id(p) for p in owners} == {id(layout.owner) for stack in known for layout in stack.layouts}
         if same and all(stack.options is group and stack.is_current() for stack in known):
@@ -513,7 +540,25 @@ def _taken_over(param: Tensor, saved: State, group: Options, beta: float) -> Sta
     state = new_state(axes_layout(param, group["batch_dims"]), group)
     steps = torch.as_tensor(saved["step"], dtype=torch.float32).to(param.device)
     state["exp_avg"].copy_(saved["exp_avg"] / (1 - beta ** steps.clamp_min(1)))
-    return {**state, "momentum_steps": steps.clone()}
+    return {**state, "earlier_steps": steps.item()}
+
+
+def _is_resharded(param: Tensor, state: State, group: Options) -> bool:
+    """Whether a state is one of this parameter, cut over another number of processes."""
+    if group["structure"] == "flat" or group["diagonal"] == "newton" or not param.is_floating_point():
+        return False
+    layout = axes_layout(param, group["batch_dims"], cross_shard=group["cross_shard"])
+    was_cut = any(key.startswith("shard_") for key in state)
+    return (was_cut or bool(layout.cuts)) and not check_state(state, layout, group)
+
+
+def _resharded(param: Tensor, saved: State, group: Options) -> State:
+    """A new state with the averages that live in original coordinates."""
+    state = new_state(axes_layout(param, group["batch_dims"], cross_shard=group["cross_shard"]), group)
+    for name in ("exp_avg", "param_avg"):
+        if name in state:
+            state[name].copy_(saved[name])
+    return {**state, "earlier_steps": saved["step"].item() + saved["earlier_steps"]}
 
 
 def _layouts(group: Options) -> list[TensorLayout]:
@@ -523,7 +568,7 @@ def _layouts(group: Options) -> list[TensorLayout]:
         layouts = [flat_layout(params)] if params else []
     else:
         layouts = [axes_layout(param, group["batch_dims"], cross_shard=group["cross_shard"]) for param in params]
-    if any(layout.cuts for layout in layouts):
+    if any(layout.cuts for layout in layouts) or (group["structure"] == "flat" and any(map(is_sharded, params))):
         check_sharded(group)
     # Its estimate brings a basis of its own.
     return [replace(layout, rotated=()) for layout in layouts] if group["diagonal"] == "newton" else layouts

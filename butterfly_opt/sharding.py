@@ -33,9 +33,9 @@ def row_numbers(block: int, lead: int) -> int:
     """Numbers that are saved for a coordinate of a cut axis.
 
     Its stages together take ``block (1 + lead / block + ..)``; a shard hardly longer than ``lead`` has a group of its
-    own beside that of ``O``.
+    own beside that of ``O``, and groups that are not full need a little more.
     """
-    return -(-block * block // (block - lead)) + lead
+    return -(-block * block // (block - lead)) + lead + -(-lead * lead // block)
 
 
 @lru_cache(maxsize=256)

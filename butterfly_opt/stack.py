@@ -10,9 +10,9 @@ The state of a tensor lies in ``optimizer.state`` under its (first) parameter, t
     disp_sq, cross   B and C, in rotated coordinates (secant)
     rotation{i}, moment{i}   matrices and second moments of the i-th rotated axis (``rotation.Rotation``), or
     shard_rotation{i}, shard_moment{i}   of an axis that is cut over processes (``sharding``)
-    shards{i}    int, number of shards of that axis
+    row_shards, column_shards   ints, into how many parts the axes are cut
     prev_param, prev_grad    the last step's, beside the sums of ``secant`` and ``newton`` (newton)
-    momentum_steps   0-d, steps of an Adam that ``exp_avg`` was taken over from (only then)
+    earlier_steps   number, steps before this state that ``exp_avg`` was taken over from
 
 Small tensors of one shape share one storage: their states are views of it, made when the stack is, so that a step makes
 one call for all of them and copies nothing. A state that was replaced (``load_state_dict``) is noticed by
@@ -61,7 +61,7 @@ WARMUP_EVERY = 2
 def new_state(layout: TensorLayout, options: Any) -> State:
     """The state of a tensor before its first gradient."""
     owner, dtype = layout.owner, layout.dtype
-    state: State = {"calls": 0}
+    state: State = {"calls": 0, "earlier_steps": 0} | shard_counts(layout)
     state |= {name: torch.zeros((), device=owner.device) for name in COUNTERS}
     for name in AVERAGES[options["diagonal"]]:
         state[name] = (
@@ -75,13 +75,13 @@ def new_state(layout: TensorLayout, options: Any) -> State:
         local(state["param_avg"]).copy_(start.view_as(local(state["param_avg"])))
     for dim, names in zip(layout.rotated, basis_names(layout), strict=True):
         state |= zip(names, new_basis(layout, dim, options), strict=True)
-    return state | shard_counts(layout)
+    return state
 
 
 def shard_counts(layout: TensorLayout) -> dict[str, int]:
-    """Into how many shards its rotated axes are cut: of another number the bases are others."""
-    cuts = dict(layout.cuts)
-    return {f"shards{axis}": cuts[dim].shards for axis, dim in enumerate(layout.rotated) if dim in cuts}
+    """Into how many parts its axes are cut: of another number the bases are others."""
+    parts = {dim: cut.shards for dim, cut in layout.cuts if layout.rotated}
+    return {"row_shards": parts.get(-2, 1), "column_shards": parts.get(-1, 1)}
 
 
 def check_state(state: State, layout: TensorLayout, options: Any) -> bool:
@@ -89,8 +89,7 @@ def check_state(state: State, layout: TensorLayout, options: Any) -> bool:
     expected = dict.fromkeys(AVERAGES[options["diagonal"]], layout.state_shape)
     for dim, names in zip(layout.rotated, basis_names(layout), strict=True):
         expected |= dict.fromkeys(names, basis_shape(layout, dim, options))
-    counts = shard_counts(layout)
-    if any(state.get(name) != count for name, count in counts.items()):
+    if not shard_counts(layout).items() <= state.items():
         return False
     if options["diagonal"] == "newton":
         return all(name in state and state[name].shape == shape for name, shape in expected.items()) and (
@@ -144,7 +143,7 @@ class Stack:
         averages: the averages of all, each ``(count, rows, columns)``.
         counters: the counters, each ``(count,)``.
         rotations: the rotated dimensions with their rotations.
-        momentum_steps: ``(count,)``, or None.
+        earlier_steps: ``(count,)``, or None.
         phase: number of the stack in its group; it shifts the schedule, so that not all refit in one step.
         streams: random streams for rounding, one a tensor.
         active: bool ``(tensors,)``, which of them count this step: those whose gradient is finite and, before the first
@@ -179,11 +178,8 @@ class Stack:
             basis = [self._join(name) for name in (matrices, moments)]
             flat = [own.view(count, own.shape[2:].numel()) for own in basis]
             self.rotations.append((dim, rotation_of(layouts[0], dim, options, *flat)))
-        taken_over = any("momentum_steps" in state for state in states)
-        zero = torch.zeros((), device=layouts[0].owner.device)
-        self.momentum_steps = (
-            torch.stack([state.get("momentum_steps", zero) for state in states]) if taken_over else None
-        )
+        earlier = [state["earlier_steps"] for state in states]
+        self.earlier_steps = torch.tensor(earlier, device=layouts[0].owner.device) if any(earlier) else None
         self._views = [state[name] for state in states for name in self._names]
 
     def _join(self, name: str) -> Tensor:

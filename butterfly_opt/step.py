@@ -84,7 +84,7 @@ def count_steps_(stacks: Sequence[Stack], usable: Sequence[Tensor]) -> None:
     for name, values in (("step", step), ("skipped", skipped)):
         torch._foreach_copy_([stack.counters[name] for stack in stacks], list(values.split(sizes)))
     taken, t = active.double(), step.double().clamp_min(1)
-    offsets = [stack.momentum_steps for stack in stacks]
+    offsets = [stack.earlier_steps for stack in stacks]
     if any(offset is not None for offset in offsets):
         t_mean = t + torch.cat([t.new_zeros(n) if o is None else o for n, o in zip(sizes, offsets, strict=True)])
     else:

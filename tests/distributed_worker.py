@@ -12,13 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from butterfly_opt import Butterfly
 
-REPLICA_STEPS, SMOOTH_STEPS, CONTROL_STEPS = 200, 20, 5
+REPLICA_STEPS, LONG_STEPS, SMOOTH_STEPS, CONTROL_STEPS = 200, 1000, 20, 5
 MODES: dict[str, dict[str, Any]] = {
     "axes, innovation": {},
     "axes, secant, several stages": {"diagonal": "secant", "block": 4, "lead": 2},
@@ -88,21 +86,15 @@ def distance_from_one_process(options: dict[str, Any]) -> tuple[float, float]:
     return largest(replica, alone), largest(alone, start)
 
 
-def refusals() -> dict[str, str]:
-    """What Butterfly says to DTensor and FSDP parameters."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    sharded = network(nn.Tanh, torch.float32)
-    fully_shard(sharded, mesh=mesh)
-    said = {}
-    for name, params in (
-        ("DTensor", [nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh))]),
-        ("FSDP", list(sharded.parameters())),
-    ):
-        try:
-            Butterfly(params)
-        except NotImplementedError as error:
-            said[name] = str(error)
-    return said
+def uneven_replicas_differ() -> int:
+    """Replicas after LONG_STEPS steps with shares of different sizes and a layer that is frozen."""
+    model = network(nn.ReLU, torch.float32)
+    model[2].requires_grad_(False)
+    optimizer = Butterfly(model.parameters(), lr=0.01)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    sizes = [32 // ranks - 3] * (ranks - 1)
+    train(DistributedDataParallel(model), optimizer, LONG_STEPS, lambda x: x.split([*sizes, 32 - sum(sizes)])[rank])
+    return replicas_differ(model, optimizer)
 
 
 def main() -> None:
@@ -115,7 +107,7 @@ def main() -> None:
         report["smooth"][name] = distance_from_one_process(options)
     refits = {"refit_every": 1 + dist.get_rank() % 2}
     report["control"] = replicas_differ(*train_replica(refits, CONTROL_STEPS, nn.ReLU, torch.float32))
-    report["refusals"] = refusals()
+    report["uneven"] = uneven_replicas_differ()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")
     dist.destroy_process_group()

@@ -72,5 +72,7 @@ def _hessian_diagonal(stack: Stack, *, corrected: bool) -> Tensor:
     if not corrected:
         return found.energy.sqrt_().div_(found.tau)
     gain = options["lr"] / (found.energy.sqrt() + options["eps"])
-    unbiased = curvature(stack, stack.averages["cross"] - gain * found.noise / (2 * (1 + options["betas"][0])))
+    beta1 = options["betas"][0]
+    bias = gain * found.noise * (1 + beta1 * (1 - beta1)) / (2 * (1 + beta1))
+    unbiased = curvature(stack, stack.averages["cross"] - bias)
     return unbiased.slope.abs().div_(unbiased.tau)

@@ -9,7 +9,7 @@ The only importer of the kernels. The way of a plain step, one launch each:
     later stages      from the root back
     back              the leaves backwards, the exact-zero rule, decay, rounding, the parameters
 
-A step that fits the basis makes ``y`` beforehand, and observes and refits stage by stage. The first fit (eigenvectors)
+Every step makes ``y`` beforehand and observes it, and some refit, stage by stage. The first fit (eigenvectors)
 is left to torch. So are gradients and parameters that are no plain matrices in memory - several parameters in one
 tensor (``structure="flat"``), other strides (channels_last), gradients of several dtypes: ``step.gradients``,
 ``step.parameters`` and ``step.write_`` gather and scatter them, about 20 bytes a parameter more.
@@ -208,22 +208,18 @@ def _later_stages_(values: Tensor, rotation: Rotation, *, dim: int, back: bool) 
 
 def _fit_basis_(stack: Stack, operands: kernels.Operands) -> None:
     """``step.fit_basis_``."""
-    observe, refits, span = stack.schedule()
-    is_first = stack.calls == 1
-    if not stack.whole_rotations or not stack.calls or not (observe or refits or is_first):
+    if not stack.rotations or not stack.calls:
         return
-    if observe or is_first:
-        y = kernels.innovations(operands)
-    if is_first:
+    y = kernels.innovations(operands)
+    if stack.calls == 1:
         for dim, rotation in stack.whole_rotations:
             rotation.start_(y if dim == -2 else y.mT)
         return
-    weights = step.observation_weight(stack.numbers, span)
+    refits, weights = stack.refits(), step.observation_weight(stack.numbers)
     usable = operands.numbers[:, 5].contiguous()
     for dim, rotation in stack.whole_rotations:
-        if observe:
-            # y stays rotated by this axis: the sums over it, for the other axis, are the same.
-            _observe_(y, rotation, weights, dim=dim)
+        # y stays rotated by this axis: the sums over it, for the other axis, are the same.
+        _observe_(y, rotation, weights, dim=dim)
         if refits:
             _refit_(rotation, usable)
 

@@ -36,7 +36,7 @@ class Butterfly(Optimizer):
     product of stages of small rotations, fitted online in closed form to the changes of the gradient, and the step is
     Adam's in that basis:
 
-        theta -= lr Q ( m / (sqrt(V + m^2) + eps) ),   m = Q^T gbar
+        theta -= lr Q ( m / (sqrt(V + m^2) + eps) ),   m = Q^T (beta1 gbar + (1 - beta1) g)
 
     with ``gbar`` Adam's bias-corrected momentum and ``V`` the energy of what the gradient changes by, in rotated
     coordinates (``butterfly_opt.diagonal``). Source: M. Mathieu and Y. LeCun, "Fast Approximation of Rotations and
@@ -422,6 +422,8 @@ class Butterfly(Optimizer):
     def preconditioner(self, target: Tensor | dict[str, Any] | None = None) -> RotatedDiagonal | DirectSum:
         """What a step multiplies the momentum with, but for ``lr``: ``Q diag(1 / (sqrt(V + m^2) + eps)) Q^T``.
 
+        With ``m = Q^T gbar``: a step also leans to the newest gradient, by the share ``1 - beta1``.
+
         Args:
             target: a parameter, a parameter group, or None for all groups.
 
@@ -442,9 +444,9 @@ class Butterfly(Optimizer):
         In parameter units squared by loss units. Read it with care in noisy training: the gradient noise
         ``nu2`` enters the diagonal, which therefore shrinks towards ``tau / nu`` where noise dominates, and
         past noise moved the parameters, so that the regression finds curvature where there is none (about
-        ``0.1 / c`` for steps ``c gbar``). ``corrected`` gives ``1 / (|h| + damping)`` instead, after
-        subtracting that bias to first order, ``C <- C - c nu2 / (2 (1 + beta1))``; where the curvature
-        is small it needs a damping.
+        ``0.1 / c`` for steps ``c m``). ``corrected`` gives ``1 / (|h| + damping)`` instead, after
+        subtracting that bias to first order, ``C <- C - c nu2 (1 + beta1 (1 - beta1)) / (2 (1 + beta1))``;
+        where the curvature is small it needs a damping.
 
         Args:
             target: a parameter, a parameter group, or None for all groups.

@@ -48,9 +48,6 @@ BASIS = ("rotation", "moment", "shard_rotation", "shard_moment")
 MAX_STACKED = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Elements of a stack: on a CPU what stays in its second-level cache over a step, on a GPU what fills it."""
 
-OBSERVE_EVERY = 2
-"""Every second step is observed: level with every step, at half the time."""
-
 REFIT_WARMUP = 100
 """First gradients, in which a basis is refitted every WARMUP_EVERY steps: most of the fit happens there."""
 
@@ -207,18 +204,14 @@ class Stack:
         for state, is_seen in zip(self.states, seen, strict=True):
             state["calls"] += is_seen
 
-    def schedule(self) -> tuple[bool, bool, int]:
-        """Whether this step observes, whether it refits, and how many steps one observation stands for.
-
-        A captured step is always the same: it does both.
-        """
+    def refits(self) -> bool:
+        """Whether this step refits the bases. A captured step is always the same: it does."""
         calls, every = self.calls, self.options["refit_every"]
         if self.options["capturable"]:
-            return True, True, 1
+            return True
         if calls <= REFIT_WARMUP:
             every = min(every, WARMUP_EVERY)
-        time = calls + self.phase
-        return time % OBSERVE_EVERY == 0, time % every == 0, OBSERVE_EVERY
+        return (calls + self.phase) % every == 0
 
     def is_current(self) -> bool:
         """Whether the states and the parameters are those that the stack was made of."""

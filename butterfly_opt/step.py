@@ -9,12 +9,12 @@ both averages run over the same steps with the same weights, so ``y_t = H s_t + 
 and ``s_t`` spans about ``1 / (1 - beta1)`` steps. ``gbar`` is Adam's bias-corrected momentum. Both live in original
 coordinates: they outlast every basis, and ``s`` follows whatever was written to the parameters, by anybody.
 
-    u = Q^T y, m = Q^T gbar, w = Q^T s
+    u = Q^T y, m = Q^T (gbar_t + a_t (g_t - gbar_t)), w = Q^T s
     A <- (1 - b_t) A + b_t u^2, and so B of w^2 and C of u w           b_t = (1 - beta2) / (1 - beta2^t)
     theta <- theta (1 - lr weight_decay) - lr Q ( m / (sqrt(V + m^2) + floor) )   floor = eps + ROUNDING max |g_t|
 
-with ``V`` of ``diagonal``. An entry whose ``gbar`` is exactly zero never had a gradient: it is not moved, whatever it
-is mixed with.
+with ``V`` of ``diagonal``; ``m`` is the average one step ahead, as Nesterov's, which lags less. An entry whose ``gbar``
+is exactly zero never had a gradient: it is not moved, whatever it is mixed with.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ from butterfly_opt.options import Options
 from butterfly_opt.rounding import round_stochastically
 from butterfly_opt.stack import Numbers, Stack, settled
 
-MOMENT_BETA = 0.9
-"""Decay a step of the second moments that the basis is fitted to: 0.95 and 0.99 follow the drift too late."""
-
+MOMENT_BETA = 0.95
+"""Decay a step of the second moments that the basis is fitted to: 0.9 sees too few gradients where few samples of a
+batch still have one, 0.98 is no better there and 0.99 follows the drift too late elsewhere."""
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
 """Share of the largest gradient entry that a rotated coordinate must have: a few roundings, added up over stages."""
@@ -50,22 +50,23 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
         y = torch.where(stack.per_tensor(usable), y, 0.0)
     exp_avg.addcmul_(y, n.mean)
     await fit_basis_(stack, y, n, usable)
+    # g - gbar = (1 - a) y.
+    ahead = torch.addcmul(exp_avg, y, n.mean * (1 - n.mean))
     if options["diagonal"] == "innovation":
-        u, m = await stack.to_rotated(y, exp_avg)
+        u, m = await stack.to_rotated(y, ahead)
         average_product_(energy, u, u, n.square)
     else:
         param_avg, disp_sq, cross = (averages[name] for name in ("param_avg", "disp_sq", "cross"))
         s = parameters(stack) - param_avg
         param_avg.addcmul_(s, n.mean)
-        u, m, w = await stack.to_rotated(y, exp_avg, s)
+        u, m, w = await stack.to_rotated(y, ahead, s)
         average_product_(energy, u, u, n.square)
         average_product_(disp_sq, w, w, n.pair)
         average_product_(cross, u, w, n.pair)
         means = await stack.means(disp_sq, cross.abs())
         energy = regress(energy, disp_sq, cross, beta2=options["betas"][1], step=n.step, means=means).energy
     scale = torch.addcmul(energy, m, m).sqrt_().add_(n.floor)
-    # Not in place: where nothing is rotated m is the average itself.
-    change = (await stack.from_rotated(m / scale)).mul_(-n.lr)
+    change = (await stack.from_rotated(m.div_(scale))).mul_(-n.lr)
     write_(stack, change.masked_fill_(exp_avg == 0, 0.0), n)
 
 
@@ -107,28 +108,28 @@ def count_steps_(stacks: Sequence[Stack], usable: Sequence[Tensor]) -> None:
 
 
 async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> None:
-    """Takes the innovations into the second moments of each axis, and refits its rotation, where that is due."""
+    """Takes the innovations into the second moments of each axis, and refits its rotation where that is due."""
     if not stack.calls:
         return
-    observe, refit, span = stack.schedule()
+    refits, weight = stack.refits(), observation_weight(n)
     for dim, rotation in stack.rotations:
         values = y if dim == -2 else y.mT
         if stack.calls == 1:
             await settled(rotation.start_(values))
             continue
-        if observe:
-            await settled(rotation.observe_(values, observation_weight(n, span)))
-        if refit:
+        await settled(rotation.observe_(values, weight))
+        if refits:
             await settled(rotation.refit_(None if stack.all_usable else stack.per_tensor(usable).view(-1)))
 
 
-def observation_weight(n: Numbers, span: int) -> Tensor:
-    """Weight of an innovation in the second moments of the bases, ``(count,)``; it stands for ``span`` steps.
+def observation_weight(n: Numbers) -> Tensor:
+    """Weight of an innovation in the second moments of the bases, ``(count,)``.
 
     A bias-corrected average at first, then an exponential one; 0 where the step is skipped.
     """
-    mean = n.mean.view(-1)
-    return mean.clamp_min(1 - MOMENT_BETA**span) * (mean > 0)
+    # The first weight is 1 only up to rounding, and a tensor that never stepped has none.
+    weight = (1 - MOMENT_BETA) / (1 - MOMENT_BETA ** n.step.view(-1))
+    return weight.clamp_max(1.0) * (n.mean.view(-1) > 0)
 
 
 def floor(eps: float | Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:

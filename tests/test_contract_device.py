@@ -52,7 +52,7 @@ def run(options: dict[str, Any], *, capturable: bool, bad_step: int | None) -> t
 def test_a_capturable_step_reads_nothing_and_changes_nothing(
     options: dict[str, Any], bad_step: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stack.Stack, "schedule", lambda self: (True, True, 1))
+    monkeypatch.setattr(stack.Stack, "refits", lambda self: True)
     expected, _ = run(options, capturable=False, bad_step=bad_step)
     found, opt = run(options, capturable=True, bad_step=bad_step)
     for one, other in zip(found, expected, strict=True):

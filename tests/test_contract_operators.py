@@ -110,11 +110,20 @@ def test_operators_need_an_estimate() -> None:
 
 @pytest.mark.parametrize("options", [*TRAINED.values(), MODES["axes-innovation"]])
 def test_the_preconditioner_is_what_the_step_multiplies_with(options: dict[str, Any]) -> None:
-    """``Q diag(d) Q^T gbar`` at the state after a step is that step, but for lr and decoupled decay."""
+    """``Q diag(d) Q^T gbar`` at the state after a step is that step, but for lr and decoupled decay.
+
+    Of a gradient that is its own average: to any other the step leans by a share.
+    """
     opt, params = trained({**options, "weight_decay": 0.0})
+    sign = -1 if opt.param_groups[0]["maximize"] else 1
     for step in range(12, 16):
-        before = values(params)
         train(opt, params, range(step, step + 1))
+        before = values(params)
+        for layout in (layout for stack in opt._stacks[0] for layout in stack.layouts):
+            average = opt.state[layout.owner]["exp_avg"].clone()
+            for param, grad in zip(layout.params, layout.scatter(average), strict=True):
+                param.grad = sign * grad
+        opt.step()
         momentum = torch.cat([opt.state[p]["exp_avg"].flatten() for p in params if p in opt.state])
         moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, params, strict=True)])
         torch.testing.assert_close(

@@ -44,7 +44,11 @@ def test_defaults_of_the_signature() -> None:
     }  # fmt: skip
     defaults = {name: p.default for name, p in own.items()}
     (group,) = Butterfly(make_params()).param_groups
-    assert {name: value for name, value in group.items() if name != "params"} == {**defaults, "batch_dims": 0}
+    assert {name: value for name, value in group.items() if name != "params"} == {
+        **defaults,
+        "batch_dims": 0,
+        "cross_shard": True,
+    }
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def compile_all(capability: int) -> set[str]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from butterfly_opt import fused, step
+    from butterfly_opt import collectives, fused, step
     from butterfly_opt.layout import axes_layout
     from butterfly_opt.stack import Stack, new_state
     from butterfly_opt.triton_kernels import tiles
@@ -70,7 +70,8 @@ def compile_all(capability: int) -> set[str]:
     ]
     defaults = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False,
                 "maximize": False, "capturable": True, "stochastic_rounding": False, "diagonal": "innovation",
-                "block": 64, "lead": 16, "refit_every": 1, "structure": "axes", "batch_dims": 0}  # fmt: skip
+                "block": 64, "lead": 16, "refit_every": 1, "structure": "axes", "batch_dims": 0,
+                "cross_shard": True}  # fmt: skip
     # The older generation compiles the largest tiles only: what it has less of is shared memory.
     for shape, own in cases if capability == 90 else cases[:1]:
         options = {**defaults, **own}
@@ -81,7 +82,7 @@ def compile_all(capability: int) -> set[str]:
         state["calls"] = 2
         stack, usable = Stack([layout], [state], options, 0), torch.ones(1, dtype=torch.bool)
         step.count_steps_([stack], [usable])
-        fused.take_step_(stack, usable)
+        collectives.run([fused.take_step_(stack, usable)])
     return compiled
 
 

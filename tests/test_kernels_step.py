@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from butterfly_opt import fused, rounding, step
+from butterfly_opt.collectives import run
 from butterfly_opt.layout import axes_layout, flat_layout
 from butterfly_opt.stack import Stack, new_state
 from butterfly_opt.triton_kernels import step as kernels
@@ -22,7 +23,7 @@ ROUNDING = {torch.float32: 2e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 OPTIONS: dict[str, Any] = {
     "lr": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False,
     "maximize": False, "capturable": False, "stochastic_rounding": False, "diagonal": "innovation", "block": 8,
-    "lead": 2, "refit_every": 5, "structure": "axes", "batch_dims": 0,
+    "lead": 2, "refit_every": 5, "structure": "axes", "batch_dims": 0, "cross_shard": True,
 }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def test_entries_without_a_gradient_are_not_moved(diagonal):
         zeroed[3, 4], zeroed[7] = 0.0, 0.0
     before = param.clone()
     operands_of(stack, usable)
-    fused.take_step_(stack, usable)
+    run([fused.take_step_(stack, usable)])
     still = stack.averages["exp_avg"][0] == 0
     assert still.sum() == 14
     assert torch.equal(param == before, still)
@@ -148,7 +149,7 @@ def test_one_step_of_any_state_equals_torch(strides, diagonal):
         stack.layouts[1].owner.grad.fill_(torch.nan)
         before = [stack.layouts[1].owner.clone(), *(average[1].clone() for average in stack.averages.values())]
         operands_of(stack, usable)
-        take_step_(stack, usable)
+        run([take_step_(stack, usable)])
         after = [stack.layouts[1].owner, *(average[1] for average in stack.averages.values())]
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
         found.append([stack.layouts[0].owner, *(average[0] for average in stack.averages.values())])
@@ -174,7 +175,7 @@ def test_several_parameters_are_one_vector(diagonal):
             average.copy_(torch.rand(average.shape, generator=generator))
         usable, kept = torch.ones(1, dtype=torch.bool, device=DEVICE), params[2].clone()
         operands_of(stack, usable)
-        take_step_(stack, usable)
+        run([take_step_(stack, usable)])
         assert torch.equal(params[2], kept)
         found.append([*params, *stack.averages.values()])
     for reference, ours in zip(*found, strict=True):

@@ -56,7 +56,7 @@ def test_together_as_one_after_the_other(
     options: dict[str, Any], dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every tensor by itself refits at other steps (``phase``): so all refit in each step here."""
-    monkeypatch.setattr(Stack, "schedule", lambda self: (True, True, 2))
+    monkeypatch.setattr(Stack, "refits", lambda self: True)
     together = run(dtypes, **options)
     monkeypatch.setitem(stack.MAX_STACKED, "cpu", 0)
     alone = run(dtypes, **options)

@@ -3,7 +3,7 @@
 Formulas, in the names of ``butterfly_opt.step``, for a tile of a leaf of the rows and one of the columns:
 
     forth   y = g - gbar,  gbar <- gbar + a y;   secant: s = theta - thetabar,  thetabar <- thetabar + a s
-            u, m, w = B_r^T (y, gbar, s) B_c;    flag = any(gbar = 0)
+            u, m, w = B_r^T (y, gbar + a (1 - a) y, s) B_c;    flag = any(gbar = 0)
     averages    A <- A + b (u^2 - A);                secant: B <- B + b' (w^2 - B),  C <- C + b' (u w - C)
     direction   d = m / (sqrt(V + m^2) + floor),   V = A, or that of ``butterfly_opt.diagonal.regress``
     back    theta <- round(theta (1 - lr weight_decay) - lr B_r d B_c^T), but for entries with gbar = 0
@@ -266,7 +266,7 @@ def _forth_kernel(addresses_ptr, numbers_ptr, constants_ptr, mean_ptr, square_pt
     final = final & mask
     others = (final == 0) & mask
     u = _turn(y, row_matrix, column_matrix, ROWS, COLUMNS)
-    m = _turn(mean, row_matrix, column_matrix, ROWS, COLUMNS)
+    m = _turn(mean + weight * (1.0 - weight) * y, row_matrix, column_matrix, ROWS, COLUMNS)
     tl.store(values_ptr + own, u, mask=others)
     energy = _average(square_ptr, own, u * u, tl.load(numbers_ptr + 1), final)
     if SECANT:

@@ -271,7 +271,7 @@ def step_bytes(
     rotated: tuple[int, ...] = (-2, -1),
     itemsize: int = 4,
 ) -> dict[str, float]:
-    """Bytes a parameter that a plain step of a matrix moves, launch by launch, and ``together``.
+    """Bytes a parameter that a step without a refit moves, launch by launch, and ``together``.
 
     Matrices of groups count once a pass: the programs that share one find it in the second-level cache.
 
@@ -304,7 +304,15 @@ def step_bytes(
         forth = itemsize + 8 + final * 12 + others * 8
         rest = others * 20
         back = 2 * itemsize + 4
+    observed = itemsize + 8.0 if plans else 0.0
+    for plan, _ in plans:
+        for stage in plan.stages:
+            # The last stage reads what enters it; the others turn it as well.
+            passes = 4 if stage is plan.stages[-1] else 8
+            observed += passes * sum(run.span for run in stage.runs) / plan.n
+        observed += 12 * plan.numel / (rows * columns)
     found = {
+        "observe": observed,
         "forth": forth + leaf_matrices,
         "later stages": values * later + later_matrices,
         "rest": rest,

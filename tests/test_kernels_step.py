@@ -197,9 +197,11 @@ def test_a_table_is_built_again_only_when_an_address_changes():
 
 
 @pytest.mark.parametrize("rows, columns", [(4096, 4096)])
-def test_bytes_of_a_plain_step_are_within_their_bounds(rows, columns):
-    assert fused.step_bytes(rows, columns, diagonal="innovation")["together"] <= 72
-    assert fused.step_bytes(rows, columns, diagonal="secant")["together"] <= 109
+def test_bytes_of_a_step_are_within_their_bounds(rows, columns):
+    for diagonal, bound in (("innovation", 60), ("secant", 109)):
+        found = fused.step_bytes(rows, columns, diagonal=diagonal)
+        assert found["observe"] <= 34
+        assert found["together"] - found["observe"] <= bound
 
 
 def test_unfit_operands_are_refused():

@@ -25,13 +25,14 @@ Cost. Bytes a parameter, float32, in full width; final ones are 9/16 of all for 
 (``butterfly_opt.fused.step_bytes`` counts them from the plans):
 
                       innovation                              secant
+    observe           g, gbar, y 12; y of both axes 20.7      the same
     forth             g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar' 24, m 4;
                       others u, m 8                           final A, B, C both ways 24; others u, w 8
     later stages      2 x 5.3                                 3 x 5.3
     take_rest_        others u, m, A, A', d 20                others u, w, A, B, C both ways 32; A, B, C, m, d 20
     later stages back 5.3                                     5.3
     back              d, theta, theta' 12                     theta, theta' 8; final A, B, C, m 16; others d 4
-    together          59                                      108
+    together          93                                      142
 """
 
 from typing import Any, NamedTuple

@@ -75,6 +75,12 @@ def run(steps: Iterable[Coroutine[Request, Tensor, Any]]) -> list[Any]:
     return results
 
 
+def all_gather(gathered: Tensor, own: Tensor, *, group: Group) -> None:
+    """The ``own`` of all processes one after the other; torch renamed the function in 2.14."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    getattr(dist, name)(gathered, own, group=group)
+
+
 def _exchange(requests: dict[int, Request]) -> dict[int, Tensor]:
     alike: dict[Any, list[int]] = defaultdict(list)
     for i, request in requests.items():
@@ -86,7 +92,7 @@ def _exchange(requests: dict[int, Request]) -> dict[int, Tensor]:
         group, sizes = requests[members[0]].group, [len(part) for part in parts]
         if kind is Gather:
             gathered = joined.new_empty(dist.get_world_size(group) * len(joined))
-            dist.all_gather_into_tensor(gathered, joined, group=group)
+            all_gather(gathered, joined, group=group)
             joined = gathered.view(-1, len(joined))
         else:
             dist.all_reduce(joined, group=group) if len(joined) else None

@@ -1,11 +1,12 @@
 """Parameters that are cut over processes (``DTensor``, so FSDP2 and tensor parallelism): their axes and their bases.
 
-A shard is rotated by itself, and the ``lead`` leading outputs of all shards meet in the rotation above them:
+A shard is rotated by itself, and its leading outputs (``heads``: ``lead`` of
+each, of many shards fewer) meet those of the others in the rotation above them:
 
     Q = diag(Q_1, .., Q_shards) O          O acts on the leading outputs of the shards and leaves the others alone
 
-``Q_i`` and ``O`` are wide butterflies (``rotation``); a shard of at most ``lead`` coordinates goes on whole. So ``Q``
-depends on n, block, lead and the number of shards alone. ``Q_i`` and its second moments lie where the shard does; ``O``
+``Q_i`` and ``O`` are wide butterflies (``rotation``); a shard of so few coordinates goes on whole. So ``Q`` depends on
+n, block, lead and the number of shards alone. ``Q_i`` and its second moments lie where the shard does; ``O``
 is the same in every process, which computes it anew from the same numbers. The statistics of an axis that is whole are
 sums over the processes that share the other axis.
 
@@ -28,20 +29,29 @@ from butterfly_opt.options import Options
 from butterfly_opt.plan import Plan, make_plan
 from butterfly_opt.rotation import Rotation, identity_matrices
 
+MAX_MEETING = 8
+"""Shards that bring ``lead`` outputs each: of more every one brings fewer, so that what meets does not grow with them.
+On paper 64 shards of a 4096 x 4096 matrix would else receive as much as the whole of it."""
+
+
+def heads(sizes: Sequence[int], lead: int) -> list[int]:
+    """How many outputs of each shard go on to meet the others'."""
+    return [min(size, lead, max(1, MAX_MEETING * lead // len(sizes))) for size in sizes]
+
 
 def row_numbers(block: int, lead: int) -> int:
     """Numbers that are saved for a coordinate of a cut axis.
 
-    Its stages together take ``block (1 + lead / block + ..)``; a shard hardly longer than ``lead`` has a group of its
+    Its stages together take ``block (1 + lead / block + ..)``; a shard hardly longer than its heads has a group of its
     own beside that of ``O``, and groups that are not full need a little more.
     """
     return -(-block * block // (block - lead)) + lead + -(-lead * lead // block)
 
 
 @lru_cache(maxsize=256)
-def inner_plan(size: int, block: int, lead: int) -> Plan:
-    """The plan of a shard: without a stage where all its coordinates go on."""
-    return make_plan(size, block, lead) if size > lead else Plan(size, block, lead, ())
+def inner_plan(size: int, block: int, lead: int, own_heads: int) -> Plan:
+    """The plan of a shard: without a stage where all its coordinates are heads."""
+    return make_plan(size, block, lead) if size > own_heads else Plan(size, block, lead, ())
 
 
 class ShardedRotation:
@@ -128,9 +138,10 @@ class Meeting:
     """
 
     def __init__(self, cut: Cut, block: int, lead: int, matrices: Tensor, moments: Tensor) -> None:
-        self.cut, self.sizes = cut, [min(lead, size) for size in cut.sizes]
+        self.cut, self.sizes = cut, heads(cut.sizes, lead)
         self.plan = make_plan(sum(self.sizes), block, lead)
-        self.rounds = max(len(plan.stages) for plan in (self.plan, *(inner_plan(n, block, lead) for n in cut.sizes)))
+        shards = [inner_plan(n, block, lead, own) for n, own in zip(cut.sizes, self.sizes, strict=True)]
+        self.rounds = max(len(plan.stages) for plan in (self.plan, *shards))
         self.bounds = share_bounds(self.plan, self.sizes)
         low, high = self.bounds[cut.index : cut.index + 2]
         self._saved = matrices[:, : high - low], moments[:, : high - low]
@@ -185,11 +196,13 @@ class Meeting:
         Args:
             change: of this shard's, as ``Rotation.refit_`` returns it; None where its heads are the coordinates.
         """
-        count, largest = len(self._saved[0]), max(self.sizes)
-        own = torch.eye(largest, dtype=self._saved[0].dtype, device=self._saved[0].device).repeat(count, 1, 1)
-        if change is not None:
-            own = change[:, 0]
-        joined = own.new_zeros(count, self.plan.n, self.plan.n)
+        matrices, largest = self._saved[0], max(self.sizes)
+        if change is None:
+            own = torch.eye(self.size, dtype=matrices.dtype, device=matrices.device).repeat(len(matrices), 1, 1)
+        else:
+            own = change[:, 0, : self.size, : self.size]
+        own = _padded(_padded(own, 1, largest), 2, largest)
+        joined = own.new_zeros(len(own), self.plan.n, self.plan.n)
         ends = list(accumulate(self.sizes, initial=0))
         for (low, high), part in zip(pairwise(ends), await Gather(own, self.cut.group), strict=True):
             joined[:, low:high, low:high] = part[:, : high - low, : high - low]
@@ -261,9 +274,10 @@ def rotation_of(
     if cut is None:
         whole = Rotation(make_plan(n, block, lead), matrices, moments)
         return whole if over is None else ShardedRotation(whole, None, over)
-    plan = inner_plan(n, block, lead)
+    meets = cut.shards > 1 and layout.cross_shard
+    plan = inner_plan(n, block, lead, heads(cut.sizes, lead)[cut.index] if meets else 0)
     inner = Rotation(plan, matrices[:, : plan.numel], moments[:, : plan.numel])
-    if cut.shards == 1 or not layout.cross_shard:
+    if not meets:
         return ShardedRotation(inner, None, over)
     return ShardedRotation(inner, Meeting(cut, block, lead, matrices[:, plan.numel :], moments[:, plan.numel :]), over)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from scipy import stats
 
 from experiments.measure import Result, Store, smooth
 from experiments.suite import Plan, Run, Suite, build_run, code_digest, plan
@@ -295,6 +296,48 @@ def _lost_lines(report: Report, task: str) -> list[str]:
     return [f"{name} {reason}: {', '.join(places)}.\n" for (name, reason), places in lost.items()]
 
 
+MIN_PAIRS = 3
+"""Seeds that a paired test needs to say anything."""
+
+
+def paired_test(own: Sequence[float], other: Sequence[float]) -> tuple[float, float, float, float]:
+    """Whether one optimizer ends lower than another with the same seeds: a paired t-test of the log losses.
+
+    Args:
+        own: final losses, > 0, of at least MIN_PAIRS seeds.
+        other: those of the other optimizer with the same seeds.
+
+    Returns:
+        The geometric mean of `other / own`, the 95 % interval of it, and the two-sided p-value.
+    """
+    result = stats.ttest_rel([math.log(x) for x in other], [math.log(x) for x in own])
+    interval = result.confidence_interval(0.95)
+    ratio = math.exp(statistics.fmean(math.log(y / x) for x, y in zip(own, other, strict=True)))
+    return ratio, math.exp(interval.low), math.exp(interval.high), float(result.pvalue)
+
+
+def _paired_lines(report: Report) -> list[str]:
+    """Every optimizer beside `Suite.subject`, with the same seeds."""
+    subject, rows = report.suite.subject, []
+    for task in report.suite.tasks:
+        own = {seed: result.final_loss for seed, (_, result) in report.results(task, subject).items()}
+        for name in report.suite.optimizers_of(task):
+            other = {seed: result.final_loss for seed, (_, result) in report.results(task, name).items()}
+            seeds = [seed for seed in own if seed in other and math.isfinite(own[seed] + other[seed])]
+            if name == subject or len(seeds) < MIN_PAIRS:
+                continue
+            losses = [other[seed] for seed in seeds]
+            ratio, low, high, p = paired_test([own[seed] for seed in seeds], losses)
+            verdict = "higher" if low > 1 else "lower" if high < 1 else "not told apart"
+            mean = f"{statistics.fmean(losses):.4g} +- {statistics.stdev(losses):.2g}"
+            rows.append([task, name, mean, f"{ratio:.3f} [{low:.3f}, {high:.3f}]", f"{p:.2g}", verdict])
+    if not rows:
+        return []
+    header = ["task", "optimizer", "final loss, mean and deviation", f"over {subject}'s [95 %]", "p", "its loss is"]
+    title = f"## Beside {subject}, seed by seed: paired t-tests of log losses"
+    return [title, "", *_table(header, rows)]
+
+
 def _fraction_lines(report: Report) -> list[str]:
     """Final losses of shortened runs against Adam's at full length."""
     suite = report.suite
@@ -354,7 +397,7 @@ def format_report(report: Report, *, notes: Sequence[str]) -> str:
         "",
         *(f"{note}\n" for note in notes),
     ]
-    sections: list[Callable[[Report], list[str]]] = [_fraction_lines, _robust_lines]
+    sections: list[Callable[[Report], list[str]]] = [_paired_lines, _fraction_lines, _robust_lines]
     for task in suite.tasks:
         lines += _task_lines(report, task)
     for section in sections:

@@ -80,13 +80,15 @@ class Suite:
     """Everything that is compared.
 
     `baselines` are variants of the optimizer that sets the mark (Adam): on each task the better one counts.
-    `target` is the optimizer whose distance from the baseline is divided (SOAP).
+    `target` is the optimizer whose distance from the baseline is divided (SOAP); `subject` the one that all others are
+    tested against, seed by seed.
     """
 
     tasks: dict[str, TaskConfig]
     optimizers: dict[str, OptimizerConfig]
     baselines: list[str]
     target: str
+    subject: str = ""
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
     lr_grid: LrGrid = dataclasses.field(default_factory=LrGrid)
@@ -280,7 +282,8 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
     """
     raw = read_yaml(path)
     suite = _apply(raw, overrides)
-    _check_names([*suite.baselines, suite.target, *suite.shortened, *suite.robust], suite.optimizers, "optimizer")
+    named = [*suite.baselines, suite.target, *suite.shortened, *suite.robust, *filter(None, [suite.subject])]
+    _check_names(named, suite.optimizers, "optimizer")
     if not suite.baselines:
         raise ConfigError("baselines must name at least one optimizer")
     for name, task in suite.tasks.items():

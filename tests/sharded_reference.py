@@ -25,14 +25,14 @@ class SegmentedRotation:
     Args:
         sizes: of the segments.
         count: number of rotations.
-        meets: whether the leading outputs of the segments meet.
+        most: leading outputs of a segment that meet those of the others.
     """
 
-    def __init__(self, sizes: list[int], block: int, lead: int, count: int, *, meets: bool) -> None:
-        self.sizes, self.heads = sizes, [min(lead, size) for size in sizes]
-        plans = [make_plan(n, block, lead) if n > lead else Plan(n, block, lead, ()) for n in sizes]
+    def __init__(self, sizes: list[int], block: int, lead: int, count: int, *, most: int) -> None:
+        self.sizes, self.heads = sizes, [min(most, size) for size in sizes]
+        plans = [make_plan(n, block, lead) if n > most else Plan(n, block, lead, ()) for n in sizes]
         self.inner = [new_rotation(plan, count) for plan in plans]
-        self.outer = new_rotation(make_plan(sum(self.heads), block, lead), count) if meets else None
+        self.outer = new_rotation(make_plan(sum(self.heads), block, lead), count)
         starts = list(accumulate(sizes, initial=0))
         self.at = torch.cat([start + torch.arange(h) for start, h in zip(starts, self.heads, strict=False)])
 
@@ -44,39 +44,35 @@ class SegmentedRotation:
         if dim == -1:
             return self.to_rotated(x.mT).mT
         u = self._inner(x, "to_rotated")
-        return u if self.outer is None else u.index_copy(1, self.at, self.outer.to_rotated(u[:, self.at]))
+        return u.index_copy(1, self.at, self.outer.to_rotated(u[:, self.at]))
 
     def from_rotated(self, u: Tensor, *, dim: int = -2) -> Tensor:
         if dim == -1:
             return self.from_rotated(u.mT).mT
-        if self.outer is not None:
-            u = u.index_copy(1, self.at, self.outer.from_rotated(u[:, self.at]))
+        u = u.index_copy(1, self.at, self.outer.from_rotated(u[:, self.at]))
         return self._inner(u, "from_rotated")
 
     def observe_(self, values: Tensor, weight: Tensor) -> None:
         heads = self._inner(values, "to_rotated")[:, self.at]
         for rotation, part in zip(self.inner, values.split(self.sizes, dim=1), strict=True):
             rotation.observe_(part, weight)
-        if self.outer is not None:
-            self.outer.observe_(heads, weight)
+        self.outer.observe_(heads, weight)
 
     def start_(self, values: Tensor) -> None:
         for rotation, part in zip(self.inner, values.split(self.sizes, dim=1), strict=True):
             rotation.start_(part)
-        if self.outer is not None:
-            self.outer.start_(self._inner(values, "to_rotated")[:, self.at])
+        self.outer.start_(self._inner(values, "to_rotated")[:, self.at])
 
     def refit_(self, usable: Tensor | None = None) -> None:
         changes = [rotation.refit_(usable) for rotation in self.inner]
-        if self.outer is None:
-            return
         entering = torch.zeros(self.outer.count, len(self.at), len(self.at), dtype=torch.float64)
         for (low, high), change in zip(pairwise(accumulate(self.heads, initial=0)), changes, strict=True):
-            entering[:, low:high, low:high] = torch.eye(high - low) if change is None else change[:, 0]
+            own = torch.eye(high - low)[None] if change is None else change[:, 0]
+            entering[:, low:high, low:high] = own[:, : high - low, : high - low]
         self.outer.refit_(usable, entering=entering)
 
 
-def rotate_in_segments(monkeypatch: Any, sizes: dict[tuple[int, int], list[int]], *, meets: bool = True) -> None:
+def rotate_in_segments(monkeypatch: Any, sizes: dict[tuple[int, int], list[int]], *, most: int) -> None:
     """Makes optimizers of this process rotate axes in segments: ``sizes`` of (length, dim), one tensor a shape."""
     original = stack.rotation_of
     made: dict[Any, SegmentedRotation] = {}  # stacks are made anew; what lies outside of the state must not be
@@ -87,7 +83,7 @@ def rotate_in_segments(monkeypatch: Any, sizes: dict[tuple[int, int], list[int]]
             return original(layout, dim, options, matrices, moments)
         key = id(layout.owner), dim
         if key not in made:
-            made[key] = SegmentedRotation(own, options["block"], options["lead"], len(matrices), meets=meets)
+            made[key] = SegmentedRotation(own, options["block"], options["lead"], len(matrices), most=most)
         return made[key]
 
     monkeypatch.setattr(stack, "rotation_of", rotation_of)

@@ -32,9 +32,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from butterfly_opt import Butterfly
+from butterfly_opt import Butterfly, sharding
 
-SMALL = {"lr": 0.01, "block": 8, "lead": 2}
+SMALL: dict[str, Any] = {"lr": 0.01, "block": 8, "lead": 2}
 """Small blocks: small shards then have stages of their own."""
 
 SHAPES = [(40, 12), (30, 20), (9, 24), (3, 5), (17,), (24, 16)]
@@ -99,7 +99,9 @@ def segments(shapes: list[tuple[int, ...]], mesh_shape: tuple[int, ...], placeme
     return found
 
 
-def distance_from_one_process(shapes: Any, mesh_shape: Any, placements: Any, **options: Any) -> tuple[float, float]:
+def distance_from_one_process(
+    shapes: Any, mesh_shape: Any, placements: Any, *, most: int = SMALL["lead"], **options: Any
+) -> tuple[float, float]:
     """Largest difference to the run of one process with the same plan over 50 steps, and its largest motion."""
     mesh, weights = init_device_mesh("cpu", mesh_shape), start(shapes)
     params, _ = sharded_run(weights, mesh, placements, 50, **options)
@@ -107,7 +109,7 @@ def distance_from_one_process(shapes: Any, mesh_shape: Any, placements: Any, **o
     if dist.get_rank():
         return 0.0, 0.0
     with pytest.MonkeyPatch.context() as patch:
-        rotate_in_segments(patch, segments(shapes, mesh_shape, placements))
+        rotate_in_segments(patch, segments(shapes, mesh_shape, placements), most=most)
         alone = whole_run(weights, 50, **options)
     largest = max((a - b).abs().max().item() for a, b in zip(found, alone, strict=True))
     return largest, max((a - b).abs().max().item() for a, b in zip(weights, alone, strict=True))
@@ -117,7 +119,12 @@ def distances(ranks: int) -> dict[str, tuple[float, float]]:
     matrices, secant = [shape for shape in SHAPES if len(shape) > 1], {"diagonal": "secant"}
     if ranks == 2:
         return {"rows, secant": distance_from_one_process(SHAPES, (ranks,), [Shard(0)], **secant)}
+    with pytest.MonkeyPatch.context() as patch:
+        # As of many shards: one output of each goes on.
+        patch.setattr(sharding, "MAX_MEETING", 1)
+        few = distance_from_one_process(SHAPES, (ranks,), [Shard(0)], most=1)
     return {
+        "few heads": few,
         "rows": distance_from_one_process(SHAPES, (ranks,), [Shard(0)]),
         "rows, secant": distance_from_one_process(SHAPES, (ranks,), [Shard(0)], **secant),
         "columns, secant": distance_from_one_process(matrices, (ranks,), [Shard(1)], **secant),
@@ -152,8 +159,9 @@ def counted() -> Iterator[Counter[str]]:
     """Collectives that are called meanwhile."""
     counts: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast", "reduce_scatter_tensor"):
-            patch.setattr(dist, name, counting(counts, name, getattr(dist, name)))
+        for name in ("all_reduce", "all_gather_single", "all_gather_into_tensor", "all_gather", "broadcast"):
+            if hasattr(dist, name):
+                patch.setattr(dist, name, counting(counts, name, getattr(dist, name)))
         yield counts
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
@@ -25,7 +26,7 @@ from experiments.config import Component, ConfigError, DatasetConfig
 from experiments.data import Dataset, Split
 from experiments.measure import Result, Store, measure, smooth, take_step
 from experiments.problems import Poisson, build_problem
-from experiments.report import COLUMNS, Report, Spread, format_report, time_to_level
+from experiments.report import COLUMNS, Report, Spread, format_report, paired_test, time_to_level
 from experiments.sequence_models import Transformer
 from experiments.suite import LrGrid, Run, Suite, build_run, load_suite, plan, search_rates
 
@@ -322,6 +323,16 @@ def test_the_rate_is_searched_past_the_edges(
     assert search_rates(1.0, LrGrid(2.0, 3, max_points), loss_of) == (rates, best)
 
 
+def test_paired_tests_say_what_scipy_says() -> None:
+    """Known numbers: every loss twice the other's, and one pair that is not."""
+    ratio, low, high, p = paired_test([1.0, 2.0, 4.0, 3.0], [2.0, 4.0, 8.0, 6.6])
+    assert ratio == pytest.approx(2 * 1.1**0.25)
+    assert 1 < low < ratio < high
+    logs = torch.tensor([2.0, 2.0, 2.0, 2.2]).log()
+    t = logs.mean() / (logs.std() / 2)
+    assert p == pytest.approx(2 * scipy.stats.t.sf(t.item(), 3), rel=1e-4)
+
+
 def test_shorter_runs_shrink_the_schedule(tiny: Path) -> None:
     half = build_run(load_suite(tiny), "digits", "butterfly", lr=0.1, seed=1, fraction=0.5)
     assert (half.steps, half.schedule.warmup_steps, half.schedule.decay, half.window) == (4, 1, "linear", 1)
@@ -451,7 +462,7 @@ def test_every_task_of_the_suites_takes_a_step(path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(problems, "load_text", lambda source: (tokens, 50))
     small = {"width": 12, "layers": 2, "heads": 3, "context": 8, "batch_size": 2}
     suite = load_suite(path)
-    assert {"adam_99", "adam_999", "butterfly", "soap"} <= suite.optimizers.keys()
+    assert {*suite.baselines, "butterfly", "soap"} <= suite.optimizers.keys()
     for name in suite.tasks:
         item = build_run(suite, name, "butterfly", lr=1e-3, seed=0, fraction=1e-9)
         keywords = dict(item.problem.keywords)

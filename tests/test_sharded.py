@@ -17,7 +17,7 @@ from torch import nn
 
 from butterfly_opt import Butterfly
 from butterfly_opt.plan import make_plan
-from butterfly_opt.sharding import inner_plan, row_numbers, share_bounds
+from butterfly_opt.sharding import heads, inner_plan, row_numbers, share_bounds
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
@@ -48,7 +48,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("processes", ["2", "4"])
 def test_shards_step_as_one_process_with_the_same_plan(reports: dict[str, Any], processes: str) -> None:
     found = reports[processes]["distances"]
-    assert len(found) == {"2": 1, "4": 8}[processes]
+    assert len(found) == {"2": 1, "4": 9}[processes]
     for name, (distance, motion) in found.items():
         assert distance <= SAME_PLAN_TOLERANCE, name
         assert motion > 0.5, name
@@ -145,8 +145,8 @@ def test_rows_hold_what_a_shard_saves(block: int, lead: int) -> None:
         for shards in (2, 3, 4, 7, 8, 16, 64, 1000):
             part = -(-n // shards)
             sizes = [max(0, min(part, n - i * part)) for i in range(shards)]
-            heads = [min(lead, size) for size in sizes]
-            bounds = share_bounds(make_plan(sum(heads), block, lead), heads)
+            own_heads = heads(sizes, lead)
+            bounds = share_bounds(make_plan(sum(own_heads), block, lead), own_heads)
             for i in (0, sum(size > 0 for size in sizes) - 1, shards - 1):
-                own = inner_plan(sizes[i], block, lead).numel + bounds[i + 1] - bounds[i]
+                own = inner_plan(sizes[i], block, lead, own_heads[i]).numel + bounds[i + 1] - bounds[i]
                 assert own <= sizes[i] * row_numbers(block, lead), (n, shards, i)

@@ -44,7 +44,8 @@ class Butterfly(Optimizer):
 
     Args:
         params: parameters or parameter groups, as for every torch optimizer. A group may also hold ``batch_dims``: so
-            many leading dimensions of its parameters (experts) are a batch of matrices, each with its own basis.
+            many leading dimensions of its parameters (experts) are a batch of matrices, each with its own basis; and
+            ``cross_shard``: whether shards of a ``DTensor`` hear of each other (True), or step as matrices of their own.
         lr: learning rate, a number or a tensor of one element.
         betas: decays of the averages behind the pairs (Adam's momentum) and of the squares.
         eps: added to the denominator, gradient units.
@@ -73,7 +74,8 @@ class Butterfly(Optimizer):
     Raises:
         ValueError: for a hyper-parameter out of its bounds, naming it.
         TypeError: for trainable parameters that are complex or integer.
-        NotImplementedError: for distributed or sparse parameters.
+        NotImplementedError: for sparse parameters, flattened shards, and a ``DTensor`` cut otherwise than by one
+            mesh dimension each along its batch, rows or columns.
 
     Cost, for an m x n matrix in float32: 8 bytes a parameter ("innovation") or 20 ("secant") and about ``8 block / (1 -
     lead / block)`` bytes for each row and column; two ("innovation") or three rotations forth and one back a step, of

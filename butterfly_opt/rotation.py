@@ -286,8 +286,10 @@ def _eigenvectors(moments: Tensor) -> Tensor:
     scale = moments.abs().amax((-2, -1), keepdim=True)
     relative = moments.double() / torch.where(scale > 0, scale, 1.0)
     relative.masked_fill_(relative.abs() < 1e-30, 0.0)
-    # Directions of equal energy, as those of none, are chosen by this slope and not by rounding.
-    relative.diagonal(dim1=-2, dim2=-1).add_(torch.linspace(1e-9, 0, moments.shape[-1], device=moments.device))
+    # Directions of equal energy, as those of none, are chosen by this slope and not by rounding: far above it, and far
+    # below the energies that a gradient of this dtype tells apart.
+    slope = 1e-7 if moments.dtype == torch.float64 else 1e-9
+    relative.diagonal(dim1=-2, dim2=-1).add_(torch.linspace(slope, 0, moments.shape[-1], device=moments.device))
     return torch.linalg.eigh(relative).eigenvectors.flip(-1).to(moments.dtype)
 
 

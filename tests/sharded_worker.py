@@ -118,19 +118,20 @@ def distance_from_one_process(
 def distances(ranks: int) -> dict[str, tuple[float, float]]:
     matrices, secant = [shape for shape in SHAPES if len(shape) > 1], {"diagonal": "secant"}
     if ranks == 2:
-        return {"rows, secant": distance_from_one_process(SHAPES, (ranks,), [Shard(0)], **secant)}
+        return {
+            "rows, secant": distance_from_one_process(SHAPES, (2,), [Shard(0)], **secant),
+            "columns, secant": distance_from_one_process(matrices, (2,), [Shard(1)], **secant),
+            "input channels": distance_from_one_process([(16, 6, 3, 3), (24, 10)], (2,), [Shard(1)]),
+            "replicated": distance_from_one_process(SHAPES, (2,), [Replicate()]),
+        }
     with pytest.MonkeyPatch.context() as patch:
         # As of many shards: one output of each goes on.
         patch.setattr(sharding, "MAX_MEETING", 1)
-        few = distance_from_one_process(SHAPES, (ranks,), [Shard(0)], most=1)
+        few = distance_from_one_process(SHAPES, (4,), [Shard(0)], most=1)
     return {
         "few heads": few,
-        "rows": distance_from_one_process(SHAPES, (ranks,), [Shard(0)]),
-        "rows, secant": distance_from_one_process(SHAPES, (ranks,), [Shard(0)], **secant),
-        "columns, secant": distance_from_one_process(matrices, (ranks,), [Shard(1)], **secant),
-        "input channels": distance_from_one_process([(16, 6, 3, 3), (24, 10)], (ranks,), [Shard(1)]),
-        "experts": distance_from_one_process([(5, 12, 9), (2, 20, 6)], (ranks,), [Shard(0)], batch_dims=1),
-        "replicated": distance_from_one_process(SHAPES, (ranks,), [Replicate()]),
+        "rows": distance_from_one_process(SHAPES, (4,), [Shard(0)]),
+        "experts": distance_from_one_process([(5, 12, 9), (2, 20, 6)], (4,), [Shard(0)], batch_dims=1),
         "replicas of shards": distance_from_one_process(SHAPES, (2, 2), [Replicate(), Shard(0)]),
         "rows and columns": distance_from_one_process(matrices, (2, 2), [Shard(0), Shard(1)], **secant),
     }

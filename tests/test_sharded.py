@@ -48,7 +48,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("processes", ["2", "4"])
 def test_shards_step_as_one_process_with_the_same_plan(reports: dict[str, Any], processes: str) -> None:
     found = reports[processes]["distances"]
-    assert len(found) == {"2": 1, "4": 9}[processes]
+    assert len(found) == {"2": 4, "4": 5}[processes]
     for name, (distance, motion) in found.items():
         assert distance <= SAME_PLAN_TOLERANCE, name
         assert motion > 0.5, name
@@ -61,7 +61,7 @@ def test_replicas_of_shards_stay_bit_identical(reports: dict[str, Any]) -> None:
 def test_the_number_of_collectives_does_not_grow_with_the_number_of_tensors(reports: dict[str, Any]) -> None:
     few, many = reports["4"]["collectives"]["1"], reports["4"]["collectives"]["3"]
     assert few == many
-    assert max(few[2:]) <= 6
+    assert max(few) <= 8
 
 
 def test_without_cross_shard_nothing_is_communicated(reports: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ class Butterfly(Optimizer):
     Args:
         params: parameters or parameter groups, as for every torch optimizer. A group may also hold ``batch_dims``: so
             many leading dimensions of its parameters (experts) are a batch of matrices, each with its own basis; and
-            ``cross_shard``: whether shards of a ``DTensor`` hear of each other (True), or step as matrices of their own.
+            ``cross_shard``: whether shards of a ``DTensor`` hear of each other (True) or are matrices of their own.
         lr: learning rate, a number or a tensor of one element.
         betas: decays of the averages behind the pairs (Adam's momentum) and of the squares.
         eps: added to the denominator, gradient units.

@@ -279,17 +279,25 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return q * signs.to(q.dtype).unsqueeze(-2)
 
 
+RANK = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Energy over the largest entry of a second moment below which a direction has none: what rounding leaves."""
+
+
 def _eigenvectors(moments: Tensor) -> Tensor:
-    """Orthonormal eigenvectors of symmetric matrices, the largest eigenvalue first."""
+    """Orthonormal eigenvectors of symmetric matrices, the largest eigenvalue first; those without energy in order."""
     # In float64, relative to the largest entry and without subnormal numbers: on the second moments of one float32
     # gradient with dead rows the decomposition does not always converge.
     scale = moments.abs().amax((-2, -1), keepdim=True)
     relative = moments.double() / torch.where(scale > 0, scale, 1.0)
     relative.masked_fill_(relative.abs() < 1e-30, 0.0)
-    # Directions of equal energy, as those of none, are chosen by this slope and not by rounding: far above it, and far
-    # below the energies that a gradient of this dtype tells apart.
-    slope = 1e-7 if moments.dtype == torch.float64 else 1e-9
-    relative.diagonal(dim1=-2, dim2=-1).add_(torch.linspace(slope, 0, moments.shape[-1], device=moments.device))
+    slope = torch.linspace(1, 0, moments.shape[-1], dtype=torch.float64, device=moments.device)
+    energies, vectors = torch.linalg.eigh(relative)
+    empty = vectors * (energies < RANK[moments.dtype]).unsqueeze(-2)
+    among = empty @ empty.mT
+    # Directions of equal energy, as those of none, are chosen by a slope and not by rounding; for those of none it is
+    # steep, and below 0, so that they stay the last.
+    relative.diagonal(dim1=-2, dim2=-1).add_(1e-9 * slope)
+    relative += among @ (1e-3 * (slope - 1).unsqueeze(-1) * among)
     return torch.linalg.eigh(relative).eigenvectors.flip(-1).to(moments.dtype)
 
 

@@ -284,3 +284,18 @@ def test_a_rotation_without_statistics_is_not_fitted() -> None:
             call()
     with pytest.raises(ValueError, match="keeps no second moments"):
         rotation.refit_()
+
+
+@pytest.mark.parametrize(("dtype", "noise", "bound"), [(torch.float64, 1e-15, 1e-10), (torch.float32, 1e-7, 1e-3)])
+@pytest.mark.parametrize("n", [40, 100])
+def test_directions_without_energy_do_not_follow_rounding(
+    n: int, dtype: torch.dtype, noise: float, bound: float
+) -> None:
+    """One vector has energy in one direction: the others are the same after a change of the size of rounding."""
+    values = normal(1, n, 1).to(dtype)
+    found = []
+    for change in (0.0, noise):
+        rotation = Rotation.identity(n, block=64, lead=16, dtype=dtype)
+        rotation.start_(values * (1 + change * normal(1, n, 1, seed=1).to(dtype)))
+        found.append(rotation.dense()[0])
+    assert (found[0].abs() - found[1].abs()).abs().max() <= bound

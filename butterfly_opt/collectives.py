@@ -19,8 +19,8 @@ Group = Any
 """A ``torch.distributed.ProcessGroup``; builds of torch without distributed have no such name."""
 
 
-class Gather:
-    """``await Gather(x, group)``: the ``x`` of every process of a group, stacked along a new first dimension.
+class Request:
+    """What a step asks of other processes, to be awaited.
 
     Args:
         value: of the same shape in every process.
@@ -29,29 +29,23 @@ class Gather:
 
     def __init__(self, value: Tensor, group: Group) -> None:
         self.value, self.group = value, group
+        self.shape: tuple[int, ...] = value.shape
 
     def __await__(self) -> Generator["Request", Tensor, Tensor]:
-        gathered = yield self
-        return gathered.reshape(-1, *self.value.shape)
+        answer = yield self
+        return answer.reshape(self.shape)
 
 
-class Sum:
-    """``await Sum(x, group)``: the sum of the ``x`` of every process of a group.
-
-    Args:
-        value: of the same shape in every process.
-        group: the processes.
-    """
+class Gather(Request):
+    """``await Gather(x, group)``: the ``x`` of every process of a group, stacked along a new first dimension."""
 
     def __init__(self, value: Tensor, group: Group) -> None:
-        self.value, self.group = value, group
-
-    def __await__(self) -> Generator["Request", Tensor, Tensor]:
-        total = yield self
-        return total.reshape(self.value.shape)
+        super().__init__(value, group)
+        self.shape = (-1, *value.shape)
 
 
-Request = Gather | Sum
+class Sum(Request):
+    """``await Sum(x, group)``: the sum of the ``x`` of every process of a group."""
 
 
 def run(steps: Iterable[Coroutine[Request, Tensor, Any]]) -> list[Any]:

@@ -63,11 +63,8 @@ RUNS_POISSON = 2 * (3 + 1) + 2 + 2 * 3
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY, encoding="utf-8")
-    return path
+def tiny(suite_file: Callable[[str], Path]) -> Path:
+    return suite_file(TINY)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from butterfly_opt.normal import ButterflyNormal
 from butterfly_opt.operators import DirectSum, RotatedDiagonal, SymmetricOperator
 from butterfly_opt.optimizer import Butterfly, ButterflyW
 from butterfly_opt.orthogonal import ButterflyOrthogonal, butterfly_rotation
+from butterfly_opt.probe import ProbedFit, hessian_product, probe_inverse
 from butterfly_opt.rotation import Rotation
 from butterfly_opt.secant import SecantEstimate
 
@@ -19,6 +20,7 @@ __all__ = [
     "CovarianceFit",
     "DirectSum",
     "Fit",
+    "ProbedFit",
     "RotatedDiagonal",
     "Rotation",
     "SecantEstimate",
@@ -28,4 +30,6 @@ __all__ = [
     "fit_covariance",
     "fit_inverse",
     "fit_symmetric",
+    "hessian_product",
+    "probe_inverse",
 ]

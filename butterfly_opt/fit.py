@@ -216,13 +216,18 @@ def _dense(
     """The matrix that ``product`` multiplies with."""
     if n is None or n < 1:
         raise ValueError(f"a matrix given as a function needs its order n >= 1, got n = {n}")
-    columns = []
-    for units in torch.eye(n, dtype=dtype, device=device).split(PRODUCT_COLUMNS, dim=1):
-        result = product(units)
-        if result.shape != units.shape:
-            raise ValueError(f"the function must return shape {tuple(units.shape)}, got {tuple(result.shape)}")
-        columns.append(result.detach())
-    return torch.cat(columns, dim=1)
+    return products(product, torch.eye(n, dtype=dtype, device=device))
+
+
+def products(product: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor:
+    """A matrix given as a function times ``(n, columns)``, PRODUCT_COLUMNS at a time."""
+    found = []
+    for part in columns.split(PRODUCT_COLUMNS, dim=1):
+        result = product(part)
+        if result.shape != part.shape:
+            raise ValueError(f"the function must return shape {tuple(part.shape)}, got {tuple(result.shape)}")
+        found.append(result.detach())
+    return torch.cat(found, dim=1)
 
 
 def _check_tensor(name: str, value: object) -> None:

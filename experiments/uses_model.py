@@ -7,12 +7,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from butterfly_opt import Basis, Butterfly, DirectSum, RotatedDiagonal, SecantEstimate, fit_inverse
+from butterfly_opt import Basis, Butterfly, RotatedDiagonal, fit_inverse, probe_inverse
 from butterfly_opt.operators import SymmetricOperator
 from experiments.paper_models import Objective, digits_objectives
 
-PROBES = 300
-"""Pairs that ``probed`` sees."""
+PROBES = (30, 300)
+"""Products with the Hessian that ``probed`` sees."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +55,16 @@ def fitted(model: Trained, *, block: int, lead: int, seed: int) -> RotatedDiagon
     return fit_inverse(pairs, block=block, lead=lead).operator
 
 
-def probed(model: Trained, *, block: int, lead: int, seed: int) -> DirectSum:
-    """``SecantEstimate`` of every weight and bias on few probes: no matrix of order n anywhere."""
+def probed(model: Trained, *, probes: int, block: int, lead: int, seed: int) -> RotatedDiagonal:
+    """``probe_inverse``: few products, no matrix of order n anywhere."""
     generator = torch.Generator().manual_seed(seed)
-    estimates = [SecantEstimate(s, block=block, lead=lead, dtype=torch.float64) for s in model.train.shapes]
-    for _ in range(PROBES):
-        s = torch.randn(model.train.n, generator=generator, dtype=torch.float64)
-        y = model.train.product(model.theta, s[None])[0]
-        pieces = zip(estimates, model.train.parameters(s), model.train.parameters(y), strict=True)
-        for estimate, ds, dy in pieces:
-            estimate.update(ds, dy)
-    return DirectSum([((), estimate.inverse_hessian()) for estimate in estimates])
+
+    def product(vectors: Tensor) -> Tensor:
+        return model.train.product(model.theta, vectors.T).T
+
+    n = model.train.n
+    fit = probe_inverse(product, n, probes=probes, block=block, lead=lead, generator=generator, dtype=torch.float64)
+    return fit.operator
 
 
 def from_optimizer(model: Trained, *, block: int, lead: int, steps: int = 100) -> RotatedDiagonal:
@@ -92,7 +91,7 @@ def all_estimates(model: Trained, *, block: int, lead: int, seed: int) -> dict[s
     return {
         "diagonal": diagonal(model.hessian),
         "Butterfly optimizer": from_optimizer(model, **plan),
-        f"SecantEstimate, {PROBES} probes": probed(model, **plan, seed=seed),
+        **{f"probe_inverse, {k}": probed(model, probes=k, **plan, seed=seed) for k in PROBES},
         "fit_inverse, radix 2": fitted(model, block=2, lead=2, seed=seed),
         "fit_inverse, wide": fitted(model, **plan, seed=seed),
     }

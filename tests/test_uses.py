@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from butterfly_opt import RotatedDiagonal, Rotation
 from butterfly_opt.operators import SymmetricOperator
 from butterfly_opt.rotation import orthogonalize
-from experiments import uses, uses_influence, uses_laplace, uses_model, uses_preconditioner
+from experiments import uses, uses_influence, uses_laplace, uses_large, uses_model, uses_preconditioner
 from experiments.paper_models import Objective
 from experiments.uses_influence import InfluenceRow, influence
 from experiments.uses_laplace import LaplaceRow, laplace
@@ -21,8 +21,8 @@ from experiments.uses_model import Trained, trained
 from experiments.uses_preconditioner import PreconditionerRow, fitted_systems, held_out_systems, iterations
 
 PLAN = {"block": 64, "lead": 16}
-FIT, PROBED, OPTIMIZER = "fit_inverse, wide", f"SecantEstimate, {uses_model.PROBES} probes", "Butterfly optimizer"
-SOURCES = {"diagonal", OPTIMIZER, PROBED, "fit_inverse, radix 2", FIT}
+FIT, FEW, PROBED, OPTIMIZER = "fit_inverse, wide", "probe_inverse, 30", "probe_inverse, 300", "Butterfly optimizer"
+SOURCES = {"diagonal", OPTIMIZER, FEW, PROBED, "fit_inverse, radix 2", FIT}
 
 
 def rotated(values: torch.Tensor) -> RotatedDiagonal:
@@ -89,8 +89,9 @@ def test_influence_ranks_training_samples(model: Trained, estimates: dict[str, S
         assert ours.relative_error < 0.3 < 1 < flat.relative_error  # 0.15, 0.02; 14.5, 5.4
     # Without damping the inverse matters: gradients alone rank badly.
     assert influences["multiple of I", 0.0].rank_correlation < 0.4
-    for few_pairs in (PROBED, OPTIMIZER):  # 0.39, 0.36; 0.25
+    for few_pairs in (PROBED, FEW, OPTIMIZER):  # 0.82, 0.56, 0.36; 0.25
         assert influences[few_pairs, 0.0].rank_correlation > influences["diagonal", 0.0].rank_correlation + 0.05
+    assert influences[PROBED, 0.1].rank_correlation > 0.9 > influences["diagonal", 0.1].rank_correlation  # 0.95, 0.85
     assert influences["multiple of I", 0.1].rank_correlation > 0.8
 
 
@@ -130,6 +131,7 @@ def test_laplace_variances_and_samples(model: Trained, estimates: dict[str, Symm
     assert all(isinstance(row, LaplaceRow) for row in rows.values())
     assert rows[FIT].rank_correlation > 0.95  # 0.996
     assert rows[FIT].ratio == pytest.approx(1, abs=0.1)  # 0.99
+    assert rows[PROBED].rank_correlation > 0.95 > rows["diagonal"].rank_correlation  # 0.99, 0.81
     for row in rows.values():
         assert row.accuracy > 0.93
         assert abs(row.loss - rows["exact"].loss) < 0.05
@@ -161,7 +163,18 @@ def test_preconditioning_of_held_out_newton_steps(model: Trained, estimates: dic
     rows = held_out_systems(model, estimates, dampings=(0.01,))
     held_out = {row.preconditioner: row.iterations for row in rows}
     assert set(held_out) == {"none", *SOURCES}
-    assert held_out[FIT] < 0.6 * held_out["none"]  # 12, 28
+    for few in (FIT, PROBED, FEW):
+        assert held_out[few] < 0.8 * min(held_out["none"], held_out["diagonal"])  # 12, 12, 15; 26, 32
+
+
+def test_a_network_without_a_dense_inverse(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {(row.damping, row.preconditioner): row for row in uses_large.large(**PLAN, seed=0, hidden=(8,), limit=200)}
+    assert "curvlinops" in capsys.readouterr().out or (0.1, "EKFAC") in rows
+    for damping in uses_large.DAMPINGS:
+        none, probed = rows[damping, "none"], rows[damping, "probe_inverse, 100"]
+        assert probed.iterations < none.iterations
+        assert probed.cosine > none.cosine
+        assert probed.error < none.error
 
 
 def test_iterations_are_those_of_cg() -> None:

@@ -248,20 +248,20 @@ class GAN:
     def __init__(
         self, *, seed: int, device: torch.device, width: int = 128, latent: int = 16, batch_size: int = 256
     ) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._random = torch.Generator().manual_seed(seed)
         self._device, self._latent, self._batch_size = device, latent, batch_size
         torch.manual_seed(seed)
-        self._maker, self._judge = tanh_mlp(latent, 2, width), tanh_mlp(2, 1, width)
-        self.model: nn.Module = nn.ModuleList([self._maker, self._judge]).to(device)
+        self._generator, self._discriminator = tanh_mlp(latent, 2, width), tanh_mlp(2, 1, width)
+        self.model: nn.Module = nn.ModuleList([self._generator, self._discriminator]).to(device)
         self._held_out = self._draw(2048)
         self._steps, self._score = 0, float("inf")
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor]:
         """Data of deviation 0.05 on the circle of radius 2, and latent numbers."""
-        angle = torch.randint(8, (count,), generator=self._generator) * (torch.pi / 4)
+        angle = torch.randint(8, (count,), generator=self._random) * (torch.pi / 4)
         centers = 2 * torch.stack([angle.cos(), angle.sin()], 1)
-        data = centers + 0.05 * torch.randn(count, 2, generator=self._generator)
-        latent = torch.randn(count, self._latent, generator=self._generator)
+        data = centers + 0.05 * torch.randn(count, 2, generator=self._random)
+        latent = torch.randn(count, self._latent, generator=self._random)
         return data.to(self._device), latent.to(self._device)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
@@ -271,10 +271,10 @@ class GAN:
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The losses of both players, each with a gradient for its own parameters only."""
         data, latent = batch
-        made = self._maker(latent)
-        fixed: dict[str, Any] = {name: param.detach() for name, param in self._judge.named_parameters()}
-        fooling = functional.softplus(-functional_call(self._judge, fixed, made)).mean()
-        real, fake = self._judge(data), self._judge(made.detach())
+        made = self._generator(latent)
+        fixed: dict[str, Any] = {name: param.detach() for name, param in self._discriminator.named_parameters()}
+        fooling = functional.softplus(-functional_call(self._discriminator, fixed, made)).mean()
+        real, fake = self._discriminator(data), self._discriminator(made.detach())
         return functional.softplus(-real).mean() + functional.softplus(fake).mean() + fooling
 
     def score(self) -> float:
@@ -291,4 +291,4 @@ class GAN:
     @torch.no_grad()
     def _distance(self, count: int | None) -> float:
         data, latent = (item[:count] for item in self._held_out)
-        return float(energy_distance(self._maker(latent), data))
+        return float(energy_distance(self._generator(latent), data))

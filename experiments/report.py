@@ -391,11 +391,11 @@ def format_report(report: Report, *, notes: Sequence[str]) -> str:
     lines = [
         "# Comparison",
         "",
-        f"{describe_environment(device)}, {os.cpu_count()} CPUs, one thread a run; butterfly_opt {code_digest()}. Seeds "
-        f"{suite.seeds}; medians over the seeds with [min, max]; each optimizer at its best rate of a grid searched "
-        f"with the first {suite.lr_grid.seeds} of them. Steps are gradient evaluations, over those after which Adam "
-        f"itself stays at its final loss; Adam is the best of {', '.join(suite.baselines)} on each task; the target is "
-        f"{suite.target}.",
+        f"{describe_environment(device)}, {os.cpu_count()} CPUs, one thread a run; butterfly_opt {code_digest()}. "
+        f"Seeds {suite.seeds}; medians over the seeds with [min, max]; each optimizer at its best rate of a grid "
+        f"searched with the first {suite.lr_grid.seeds} of them. Steps are gradient evaluations, over those after "
+        "which Adam itself stays at its final loss; Adam is the best of "
+        f"{', '.join(suite.baselines)} on each task; the target is {suite.target}.",
         "",
         *(f"{note}\n" for note in notes),
     ]

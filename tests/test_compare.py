@@ -518,6 +518,44 @@ def test_muon_gets_the_matrices_only() -> None:
     assert (type(adam).__name__, adam.param_groups[0]["lr"]) == ("Adam", 0.1)
 
 
+class Averaging(torch.optim.SGD):
+    """A schedule-free optimizer as far as its modes go: while it is evaluated the parameters are 7."""
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        self._kept = [param.clone() for param in self.param_groups[0]["params"]]
+        torch._foreach_zero_(self.param_groups[0]["params"])
+        torch._foreach_add_(self.param_groups[0]["params"], 7.0)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        torch._foreach_copy_(self.param_groups[0]["params"], self._kept)
+
+
+@torch.no_grad()
+def test_a_schedule_free_optimizer_is_evaluated_at_its_average() -> None:
+    param = nn.Parameter(torch.ones(2))
+    switching, plain = Averaging([param], lr=0.1), torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    with pytest.raises(KeyError), optimizers.evaluating([switching, plain]):
+        assert param.tolist() == [7.0, 7.0]
+        raise KeyError
+    assert param.tolist() == [1.0, 1.0]
+
+
+def test_the_metric_of_a_run_is_that_of_the_average(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[float]] = []
+
+    def metric(problem: Poisson) -> float:
+        seen.append({item for param in problem.model.parameters() for item in param.flatten().tolist()})
+        return 1.0
+
+    monkeypatch.setattr(Poisson, "metric", metric)
+    monkeypatch.setattr(torch.optim, "SGD", Averaging)
+    item = build_run(load_suite(tiny), "poisson", "momentum", lr=1e-3, seed=0)
+    assert measure(item).status == "ok"
+    assert seen == [{7.0}]
+
+
 def test_the_plan_waits_for_the_search(tiny: Path) -> None:
     suite = load_suite(tiny)
     empty = plan(suite, lambda item: None)

@@ -324,7 +324,8 @@ def _paired_lines(report: Report) -> list[str]:
         own = {seed: result.final_loss for seed, (_, result) in report.results(task, subject).items()}
         for name in report.suite.optimizers_of(task):
             other = {seed: result.final_loss for seed, (_, result) in report.results(task, name).items()}
-            seeds = [seed for seed in own if seed in other and math.isfinite(own[seed] + other[seed])]
+            # A loss of exactly zero, as on digits, has no logarithm.
+            seeds = [seed for seed in own if seed in other and 0 < own[seed] * other[seed] < math.inf]
             if name == subject or len(seeds) < MIN_PAIRS:
                 continue
             losses = [other[seed] for seed in seeds]

@@ -172,8 +172,8 @@ def format_page(rows: Sequence[Row]) -> str:
         f"{describe_environment(torch.device('cpu'))}, one thread; butterfly_opt {code_digest()}. Square float32 "
         "matrices, random gradients. Milliseconds of `optimizer.step()` for all of them: the median, a plain step, and "
         f"in brackets the mean over cycles of {CYCLE} steps, with refits and decompositions (Butterfly spreads those "
-        "of larger matrices over the steps); bytes of state a parameter. A dash: left out, too slow. Muon's products are "
-        "in bfloat16, which most CPUs emulate.",
+        "of larger matrices over the steps); bytes of state a parameter. A dash: left out, too slow. Muon's products "
+        "are in bfloat16, which most CPUs emulate.",
         "",
     ]
     optimizers = list(dict.fromkeys(row.optimizer for row in rows))

@@ -3,8 +3,8 @@
     python -m experiments.sensitivity --suite configs/suites/quick.yaml [--vary NAME ...] [key=value ...]
 
 Trains tasks of a comparison suite with one thing changed at a time, the others at the defaults and the learning rate at
-the suite's for the task, several runs at a time. Only where a part is missing the rate is searched again, with the
-first seed, by the suite's grid: another step may want another rate. Finished runs are kept as those of
+the suite's for the task, several runs at a time. Only among parts the rate of each is searched, with the first seed, by
+the suite's grid: another step may want another rate. Finished runs are kept as those of
 `experiments.compare`, so the command goes on where it was stopped. Writes into the output folder
 
     sensitivity.csv     one row a run
@@ -112,7 +112,7 @@ def trials(
                 return changed(build_run(suite, task, optimizer, lr=lr, seed=seed), name, value)
 
             best: float | None = usual * (value if name == "lr" else 1)
-            if value in PARTS:
+            if name == "part":
                 rates, best = search_rates(usual, suite.lr_grid, lambda lr, at=at: loss_of(at(lr, seeds[0])))  # type: ignore[misc]
                 for rate in (rate for rate in rates if rate != best):
                     yield Trial(name, value, at(rate, seeds[0]), is_shown=False)
@@ -124,7 +124,8 @@ def trials(
 class Effect(NamedTuple):
     """Final training loss over that of the defaults: geometric mean over the seeds, and the paired test's interval.
 
-    With fewer than `MIN_PAIRS` seeds the interval is the mean alone and p is NaN; infinite where a run diverged.
+    With fewer than `MIN_PAIRS` seeds the interval is the mean alone and p is NaN. So where a loss is exactly zero and
+    has no logarithm: the mean is then of the losses. Infinite where a run diverged.
     """
 
     ratio: float
@@ -137,6 +138,9 @@ class Effect(NamedTuple):
         """Of losses with the same seeds."""
         if not all(map(math.isfinite, losses)):
             return cls(math.inf, math.inf, math.inf, math.nan)
+        if min(*losses, *defaults) <= 0:
+            ratio = sum(losses) / sum(defaults) if sum(defaults) else math.nan
+            return cls(ratio, ratio, ratio, math.nan)
         if len(losses) >= MIN_PAIRS and losses != defaults:
             return cls(*paired_test(defaults, losses))
         ratio = statistics.geometric_mean(loss / own for loss, own in zip(losses, defaults, strict=True))
@@ -150,9 +154,9 @@ def relative_losses(wanted: Sequence[Trial], store: Store) -> Series:
     """By hyper-parameter and task: each value with what it does to the loss."""
     pairs: dict[tuple[str, str], dict[Any, list[tuple[float, float]]]] = {}
     shown = [(trial, store.loss_of(trial.run)) for trial in wanted if trial.is_shown]
-    default = {(t.run.task, t.run.seed): loss for t, loss in shown if t.value == default_of(t.name)}
+    default = {(t.name, t.run.task, t.run.seed): loss for t, loss in shown if t.value == default_of(t.name)}
     for trial, loss in shown:
-        level = default[trial.run.task, trial.run.seed]
+        level = default.get((trial.name, trial.run.task, trial.run.seed))
         if loss is not None and level is not None:
             series = pairs.setdefault((trial.name, trial.run.task), {})
             series.setdefault(trial.value, []).append((loss, level))
@@ -186,7 +190,7 @@ def format_page(series: Series, wanted: Sequence[Trial]) -> str:
         f"{describe_environment(torch.device('cpu'))}, one thread a run; butterfly_opt {code_digest()}. Seeds {seeds}. "
         "Final training loss over that of the defaults with the same seed: the geometric mean, and the 95 % interval "
         "of a paired t-test of the logarithms; bold where p < 0.05, not corrected for the number of rows. Learning "
-        "rates are those of the defaults; without a part the best of a grid, searched with the first seed.",
+        "rates are those of the defaults; among parts, each one's best of a grid that is searched with the first seed.",
         "",
         *format_table(["changed", "to", *tasks], rows),
         "![The same as a figure](sensitivity.png)",
@@ -220,26 +224,32 @@ def draw(series: Series, path: Path) -> None:
     figure, axes = new_figure(2, columns, width=2.7 * columns, height=6.0)
     for place in axes.flat[len(names) :]:
         place.remove()
-    finite = [effect.ratio for line in series.values() for _, effect in line if math.isfinite(effect.ratio)]
-    low, high = 0.95 * min(finite), 1.05 * max(finite)
+    ratios = [effect.ratio for line in series.values() for _, effect in line if 0 < effect.ratio < math.inf]
+    low, high = 0.95 * min(ratios, default=1.0), 1.05 * max(ratios, default=1.0)
+    tasks = list(dict.fromkeys(task for _, task in series))
     for axis, name in zip(axes.flat, names, strict=False):
         ticks = list(VALUES[name])
         axis.axvline(ticks.index(default_of(name)), color="0.85", linewidth=6)
         for (shown, task), line in series.items():
             if shown == name:
-                heights = [min(effect.ratio, high) for _, effect in line]
+                heights = [max(low, min(effect.ratio, high)) for _, effect in line]
                 bars = [[max(0.0, h - e.low), max(0.0, e.high - h)] for h, (_, e) in zip(heights, line, strict=True)]
-                places = [ticks.index(value) for value, _ in line]
-                axis.errorbar(places, heights, np.array(bars).T, marker="o", markersize=4, elinewidth=0.8, label=task)
+                shift = 0.1 * (tasks.index(task) - (len(tasks) - 1) / 2)  # so that bars do not hide each other
+                places = [ticks.index(value) + shift for value, _ in line]
+                style = "" if isinstance(ticks[0], str) else "-"
+                axis.errorbar(
+                    places, heights, np.array(bars).T, marker="o", markersize=4, elinewidth=0.8, label=task,
+                    linestyle=style,
+                )  # fmt: skip
         axis.set_xticks(range(len(ticks)), map(_label, ticks), rotation=40, ha="right", fontsize=8)
         axis.set(title=f"{name} (multiples)" if name == "lr" else name, yscale="log", ylim=(low, high * 1.02))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
         axis.tick_params(axis="y", which="both", labelsize=8)
         axis.grid(False, axis="x")
         axis.grid(True, axis="y", which="minor", color="0.92", linewidth=0.6)
     figure.supylabel("final training loss / that of the defaults", fontsize=10)
-    add_legend(figure, axes, columns=len({task for _, task in series}))
+    add_legend(figure, axes, columns=len(tasks))
     figure.savefig(path, dpi=130)
 
 

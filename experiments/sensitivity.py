@@ -242,7 +242,8 @@ def draw(series: Series, path: Path) -> None:
                     linestyle=style,
                 )  # fmt: skip
         axis.set_xticks(range(len(ticks)), map(_label, ticks), rotation=40, ha="right", fontsize=8)
-        axis.set(title=f"{name} (multiples)" if name == "lr" else name, yscale="log", ylim=(low, high * 1.02))
+        title = f"{name} (multiples)" if name == "lr" else name
+        axis.set(title=title, yscale="log", ylim=(low, high * 1.02), xlim=(-0.5, len(ticks) - 0.5))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
         axis.tick_params(axis="y", which="both", labelsize=8)

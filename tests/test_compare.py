@@ -330,6 +330,19 @@ def test_paired_tests_say_what_scipy_says() -> None:
     assert p == pytest.approx(2 * scipy.stats.t.sf(t.item(), 3), rel=1e-4)
 
 
+def test_a_loss_of_zero_is_not_tested(tiny: Path, tmp_path: Path) -> None:
+    """It has no logarithm; the other seeds are."""
+    overrides = ["subject=butterfly", "seeds=[0, 1, 2, 3]", "lr_grid.points=1", "lr_grid.max_points=1", "robust=[]"]
+    suite: Suite = load_suite(tiny, overrides)
+    store = Store(tmp_path / "made")
+    for seed, final in enumerate((1.0, 1.0, 1.1, 0.0)):
+        for name, factor in (("adam", 2.0), ("butterfly", 1.0)):
+            lr = suite.optimizers[name].lr
+            store.save(build_run(suite, "digits", name, lr=lr, seed=seed), made_up(factor * final, 50))
+    (row,) = [line for line in format_report(Report(suite, store), notes=[]).splitlines() if "2.000 [" in line]
+    assert row.startswith("| digits | adam | 2.067 +- ")
+
+
 def test_shorter_runs_shrink_the_schedule(tiny: Path) -> None:
     half = build_run(load_suite(tiny), "digits", "butterfly", lr=0.1, seed=1, fraction=0.5)
     assert (half.steps, half.schedule.warmup_steps, half.schedule.decay, half.window) == (4, 1, "linear", 1)

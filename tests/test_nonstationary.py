@@ -69,10 +69,11 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("cut")
 def test_an_episode_that_is_cut_is_no_failure() -> None:
     poles = CartPoles(1, seed=0)
-    found = [poles.step([0]) for _ in range(4)]
-    assert [float(arrived[0, 0]) for arrived, _, _ in found] == [1, 2, 3, 1]
-    assert [float(failed) for _, failed, _ in found] == [0, 0, 0, 0]
-    assert [float(ended) for _, _, ended in found] == [0, 0, 1, 0]
+    found = [poles.step([0]) for _ in range(6)]
+    assert [float(arrived[0, 0]) for arrived, _, _ in found] == [1, 2, 3, 1, 2, 3]
+    assert [float(failed) for _, failed, _ in found] == [0] * 6
+    assert [float(ended) for _, _, ended in found] == [0, 0, 1, 0, 0, 1]
+    assert list(poles.returns) == [3, 3]
 
 
 @pytest.mark.usefixtures("cut")

@@ -101,6 +101,13 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
+def describe_environment(device: torch.device) -> str:
+    """Python, torch, device and commit, for the head of a page."""
+    found = environment(device)
+    commit = f", commit {found['commit']}" if found["commit"] else ""
+    return f"Python {found['python']}, torch {found['torch']}, {found['device']}{commit}"
+
+
 def _commit() -> str:
     """The short commit of this checkout, with a + where files differ from it; empty outside git."""
     folder = Path(__file__).resolve().parent

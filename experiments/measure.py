@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from experiments.config import ConfigError
-from experiments.optimizers import build_optimizers, lr_factor
+from experiments.optimizers import build_optimizers, evaluating, lr_factor
 from experiments.problems import Problem, build_problem
 from experiments.suite import Run
 
@@ -88,7 +88,10 @@ def state_bytes(optimizers: Iterable[Optimizer]) -> int:
 
 
 def take_step(problem: Problem, optimizers: Sequence[Optimizer]) -> tuple[float, int]:
-    """One step on the next batch; returns the loss before it and the number of gradient evaluations."""
+    """One step on the next batch; returns the loss before it and the number of gradient evaluations.
+
+    Of a problem with a `score` that takes the place of the loss, which must be finite all the same.
+    """
     batch = problem.next_batch()
     losses: list[Tensor] = []
 
@@ -103,7 +106,8 @@ def take_step(problem: Problem, optimizers: Sequence[Optimizer]) -> tuple[float,
     first.step(closure)  # type: ignore[arg-type]
     for optimizer in others:  # the gradient is there already
         optimizer.step()
-    return float(losses[0]), len(losses)
+    loss, score = float(losses[0]), getattr(problem, "score", None)
+    return (score() if score is not None and math.isfinite(loss) else loss), len(losses)
 
 
 def measure(run: Run) -> Result:
@@ -144,11 +148,13 @@ def measure(run: Run) -> Result:
     final_loss = smooth(losses, evaluations, run.window)[-1] if status == "ok" else math.inf
     if status == "ok" and final_loss > 2 * losses[0]:
         status, final_loss = "diverged", math.inf
+    with evaluating(optimizers):
+        metric = problem.metric() if status == "ok" else None
     durations = [after - before for before, after in zip([0.0, *seconds], seconds, strict=False)]
     return Result(
         status=status,
         final_loss=final_loss,
-        metric=problem.metric() if status == "ok" else None,
+        metric=metric,
         metric_name=problem.metric_name,
         losses=losses,
         evaluations=evaluations,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from experiments.config import Component, ConfigError, ScheduleConfig, near_matches
 
 # Where a bare or a dotted name may come from; pytorch_optimizer needs not be installed.
-_PACKAGES = ("butterfly_opt", "torch.optim", "pytorch_optimizer")
+_PACKAGES = ("butterfly_opt", "torch.optim", "pytorch_optimizer", "experiments.variants")
 
 _OURS = ("Butterfly", "ButterflyW")
 
@@ -138,6 +139,22 @@ def check_optimizer(config: Component) -> None:
         optimizer.step()
     except Exception as error:  # any failure of a dense, closure-free step means the same
         raise ConfigError(f"optimizer '{config.name}' cannot train these models: {error}") from error
+
+
+@contextlib.contextmanager
+def evaluating(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Holds the parameters that are meant for evaluation, where an optimizer has `eval()` and `train()`.
+
+    Schedule-free optimizers take gradients at one point and evaluate their average; for all others nothing happens.
+    """
+    switching: list[Any] = [item for item in optimizers if hasattr(item, "eval") and hasattr(item, "train")]
+    for optimizer in switching:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        for optimizer in switching:
+            optimizer.train()
 
 
 def lr_factor(step: int, *, steps: int, schedule: ScheduleConfig) -> float:

@@ -30,12 +30,16 @@ from experiments.config import (
 )
 from experiments.data import BatchSampler, Dataset, load_dataset
 from experiments.models import check_model, mlp
+from experiments.nonstationary import DQN, GAN, PPO
 from experiments.sequence_models import SEQUENCE_MODELS
 from experiments.trainer import Trainer
 
 
 class Problem(Protocol):
-    """One training problem with one seed."""
+    """One training problem with one seed.
+
+    May have a method `score() -> float`, lower is better, which is recorded where the loss says nothing about success.
+    """
 
     model: nn.Module
     metric_name: str
@@ -250,6 +254,9 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "text": Text,
     "regression": Regression,
     "poisson": Poisson,
+    "dqn": DQN,
+    "ppo": PPO,
+    "gan": GAN,
 }
 
 

@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import math
 import os
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import torch
 from scipy import stats
 
+from experiments.benchmarking import describe_environment
 from experiments.measure import Result, Store, smooth
 from experiments.suite import Plan, Run, Suite, build_run, code_digest, plan
 
@@ -241,7 +241,8 @@ def write_csv(report: Report, path: Path) -> None:
             )  # fmt: skip
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, and a blank one."""
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
@@ -283,7 +284,7 @@ def _task_lines(report: Report, task: str) -> list[str]:
         )
     unknown = f"Of {' and '.join(report.suite.baselines)} none has run: no loss to reach.\n"
     notes = [unknown] if adam is None and report.suite.baselines else []
-    return [f"## {task}", "", *_table(header, rows), *notes, *_lost_lines(report, task)]
+    return [f"## {task}", "", *format_table(header, rows), *notes, *_lost_lines(report, task)]
 
 
 def _lost_lines(report: Report, task: str) -> list[str]:
@@ -323,7 +324,8 @@ def _paired_lines(report: Report) -> list[str]:
         own = {seed: result.final_loss for seed, (_, result) in report.results(task, subject).items()}
         for name in report.suite.optimizers_of(task):
             other = {seed: result.final_loss for seed, (_, result) in report.results(task, name).items()}
-            seeds = [seed for seed in own if seed in other and math.isfinite(own[seed] + other[seed])]
+            # A loss of exactly zero, as on digits, has no logarithm.
+            seeds = [seed for seed in own if seed in other and 0 < own[seed] * other[seed] < math.inf]
             if name == subject or len(seeds) < MIN_PAIRS:
                 continue
             losses = [other[seed] for seed in seeds]
@@ -335,7 +337,7 @@ def _paired_lines(report: Report) -> list[str]:
         return []
     header = ["task", "optimizer", "final loss, mean and deviation", f"over {subject}'s [95 %]", "p", "its loss is"]
     title = f"## Beside {subject}, seed by seed: paired t-tests of log losses"
-    return [title, "", *_table(header, rows)]
+    return [title, "", *format_table(header, rows)]
 
 
 def _fraction_lines(report: Report) -> list[str]:
@@ -354,7 +356,7 @@ def _fraction_lines(report: Report) -> list[str]:
     if not rows:
         return []
     header = ["task", "optimizer", *(f"{fraction:g} of the steps" for fraction in fractions), "Adam, all steps"]
-    return ["## Shorter runs: final train loss, the schedule shrunk with the steps", "", *_table(header, rows)]
+    return ["## Shorter runs: final train loss, the schedule shrunk with the steps", "", *format_table(header, rows)]
 
 
 def _robust_lines(report: Report) -> list[str]:
@@ -380,20 +382,21 @@ def _robust_lines(report: Report) -> list[str]:
     if not rows:
         return []
     header = ["task", "run", "lr", "final train loss", "Adam at this lr", "at most Adam's"]
-    return ["## Other learning rates", "", *_table(header, rows)]
+    return ["## Other learning rates", "", *format_table(header, rows)]
 
 
 def format_report(report: Report, *, notes: Sequence[str]) -> str:
     """The Markdown report; `notes` are printed at the top (what was skipped)."""
     suite = report.suite
+    device = torch.device("cuda" if suite.device == "cuda" else "cpu")
     lines = [
         "# Comparison",
         "",
-        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} CPUs, "
-        f"device {suite.device}, one thread a run; butterfly_opt {code_digest()}. Seeds {suite.seeds}; "
-        "medians over the seeds with [min, max]; each optimizer at its best rate of a grid searched with seed "
-        f"{suite.seeds[0]}. Steps are gradient evaluations, over those after which Adam itself stays at its final "
-        f"loss; Adam is the best of {', '.join(suite.baselines)} on each task; the target is {suite.target}.",
+        f"{describe_environment(device)}, {os.cpu_count()} CPUs, one thread a run; butterfly_opt {code_digest()}. "
+        f"Seeds {suite.seeds}; medians over the seeds with [min, max]; each optimizer at its best rate of a grid "
+        f"searched with the first {suite.lr_grid.seeds} of them. Steps are gradient evaluations, over those after "
+        "which Adam itself stays at its final loss; Adam is the best of "
+        f"{', '.join(suite.baselines)} on each task; the target is {suite.target}.",
         "",
         *(f"{note}\n" for note in notes),
     ]

@@ -3,8 +3,8 @@
 The runs of an optimizer on a task follow from the results so far (`plan`), so a suite that was killed goes on by
 planning again:
 
-1. the learning-rate grid with the first seed, around the optimizer's usual rate, extended while the best rate (lowest
-   final training loss) lies on an edge;
+1. the learning-rate grid with the first seed (or the first `lr_grid.seeds`), around the optimizer's usual rate,
+   extended while the best rate (lowest final training loss) lies on an edge;
 2. the other seeds at the best rate;
 3. for the optimizers in `shortened`: the same at `fractions` of the steps, the schedule shrunk with them;
 4. for the optimizers in `robust`: a fixed rate and multiples of the best rate, and the baselines at these rates.
@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -59,11 +60,15 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LrGrid:
-    """`points` rates, each `factor` times the one before, extended at an edge up to `max_points`."""
+    """`points` rates, each `factor` times the one before, extended at an edge up to `max_points`.
+
+    Where one seed says little, a rate counts by its mean loss over the first `seeds` of the suite.
+    """
 
     factor: float = 3.0
     points: int = 3
     max_points: int = 7
+    seeds: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +165,11 @@ def build_run(suite: Suite, task: str, optimizer: str, *, lr: float, seed: int, 
     )
 
 
+def usual_rate(suite: Suite, task: str, optimizer: str) -> float:
+    """The rate in the middle of the first grid."""
+    return suite.tasks[task].rates.get(optimizer, suite.optimizers[optimizer].lr)
+
+
 def search_rates(
     usual: float, grid: LrGrid, loss_of: Callable[[float], float | None]
 ) -> tuple[list[float], float | None]:
@@ -186,6 +196,13 @@ def search_rates(
         if len(rates) >= grid.max_points or 0 < best < len(rates) - 1:
             return rates, rates[best]
         low, high = (low - 1, high) if best == 0 else (low, high + 1)
+
+
+def _mean_loss(runs: Sequence[Run], loss_of: Callable[[Run], float | None]) -> float | None:
+    """None while one is missing, infinite if one diverged."""
+    losses = [loss_of(run) for run in runs]
+    known = [loss for loss in losses if loss is not None]
+    return statistics.fmean(known) if len(known) == len(losses) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,20 +232,21 @@ def plan(suite: Suite, loss_of: Callable[[Run], float | None]) -> Plan:
     best_rates: dict[tuple[str, str], float] = {}
     to_come: dict[tuple[str, str], int] = {}
     fractions = [fraction for fraction in suite.fractions if fraction != 1.0]
+    searched = suite.seeds[: suite.lr_grid.seeds]
     for task in suite.tasks:
         for name in suite.optimizers_of(task):
             build = functools.partial(build_run, suite, task, name)
             rates, best = search_rates(
-                suite.tasks[task].rates.get(name, suite.optimizers[name].lr),
+                usual_rate(suite, task, name),
                 suite.lr_grid,
-                lambda lr, build=build: loss_of(build(lr=lr, seed=suite.seeds[0])),  # type: ignore[misc]
+                lambda lr, build=build: _mean_loss([build(lr=lr, seed=seed) for seed in searched], loss_of),  # type: ignore[misc]
             )
-            runs += [(build(lr=rate, seed=suite.seeds[0]), "search") for rate in rates]
+            runs += [(build(lr=rate, seed=seed), "search") for rate in rates for seed in searched]
             lengths = [1.0, *(fractions if name in suite.shortened else [])]
             if best is None:
-                to_come[task, name] = len(suite.seeds) * len(lengths) - 1
+                to_come[task, name] = len(suite.seeds) * len(lengths) - len(searched)
                 continue
-            if loss_of(build(lr=best, seed=suite.seeds[0])) == float("inf"):
+            if all(loss_of(build(lr=best, seed=seed)) == float("inf") for seed in searched):
                 continue
             best_rates[task, name] = best
             for length in lengths:
@@ -257,6 +275,8 @@ def _check_numbers(suite: Suite) -> None:
         raise ConfigError(f"lr_grid needs factor > 1 and 1 <= points <= max_points, got {grid}")
     if not suite.seeds:
         raise ConfigError("seeds must hold at least one seed")
+    if not 1 <= grid.seeds <= len(suite.seeds):
+        raise ConfigError(f"lr_grid.seeds must be from 1 to {len(suite.seeds)}, the suite's number, got {grid.seeds}")
     if any(seed < 0 for seed in [*suite.seeds, *suite.robustness.seeds]):
         raise ConfigError(f"seeds must be at least 0, got {suite.seeds} and {suite.robustness.seeds}")
     if any(not 0 < fraction <= 1 for fraction in suite.fractions):

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from experiments.config import Config, ConfigError
 from experiments.data import BatchSampler, Dataset
 from experiments.models import RECONSTRUCTION_MODELS, build_model
-from experiments.optimizers import build_optimizer, build_scheduler
+from experiments.optimizers import build_optimizer, build_scheduler, evaluating
 from experiments.tasks import Classification, Reconstruction, Task
 
 _EVALUATION_BATCH = 1000
@@ -92,6 +92,10 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Loss and accuracy over the test set; changes no state."""
+        with evaluating([self.optimizer]):
+            return self._evaluate()
+
+    def _evaluate(self) -> Evaluation:
         self.model.eval()
         test = self.data.test
         loss, correct = 0.0, 0

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from experiments.measure import measure
-from experiments.suite import Run, Suite, build_run, code_digest, load_suite, search_rates, select
+from experiments.suite import Run, Suite, build_run, code_digest, load_suite, search_rates, select, usual_rate
 from experiments.train import Parser, exit_code
 
 WIDTHS = Path(__file__).parent.parent / "configs" / "transfer" / "widths.yaml"
@@ -111,7 +111,7 @@ def train(run: Run, folder: Path) -> Trial:
 
 def search(suite: Suite, task: str, optimizer: str, folder: Path) -> list[Trial]:
     """The trials of the grid with the first seed, extended while the best rate lies on an edge; by rate."""
-    usual = suite.tasks[task].rates.get(optimizer, suite.optimizers[optimizer].lr)
+    usual = usual_rate(suite, task, optimizer)
     found: dict[float, Trial] = {}
     while True:
         losses = {lr: trial.final_loss for lr, trial in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -330,6 +331,19 @@ def test_paired_tests_say_what_scipy_says() -> None:
     assert p == pytest.approx(2 * scipy.stats.t.sf(t.item(), 3), rel=1e-4)
 
 
+def test_a_loss_of_zero_is_not_tested(tiny: Path, tmp_path: Path) -> None:
+    """It has no logarithm; the other seeds are."""
+    overrides = ["subject=butterfly", "seeds=[0, 1, 2, 3]", "lr_grid.points=1", "lr_grid.max_points=1", "robust=[]"]
+    suite: Suite = load_suite(tiny, overrides)
+    store = Store(tmp_path / "made")
+    losses = {"adam": (2.0, 2.2, 1.9, 1.0), "butterfly": (1.0, 1.0, 1.0, 0.0)}
+    for name, seed in itertools.product(losses, range(4)):
+        item = build_run(suite, "digits", name, lr=suite.optimizers[name].lr, seed=seed)
+        store.save(item, made_up(losses[name][seed], 50))
+    lines = format_report(Report(suite, store), notes=[]).splitlines()
+    assert [line for line in lines if line.startswith("| digits | adam | 2.033 +- ")]
+
+
 def test_shorter_runs_shrink_the_schedule(tiny: Path) -> None:
     half = build_run(load_suite(tiny), "digits", "butterfly", lr=0.1, seed=1, fraction=0.5)
     assert (half.steps, half.schedule.warmup_steps, half.schedule.decay, half.window) == (4, 1, "linear", 1)
@@ -516,6 +530,44 @@ def test_muon_gets_the_matrices_only() -> None:
     assert [tuple(item.shape) for item in muon.param_groups[0]["params"]] == [(5, 4)]
     assert sorted(item.ndim for item in adam.param_groups[0]["params"]) == [1, 1, 2, 4]
     assert (type(adam).__name__, adam.param_groups[0]["lr"]) == ("Adam", 0.1)
+
+
+class Averaging(torch.optim.SGD):
+    """A schedule-free optimizer as far as its modes go: while it is evaluated the parameters are 7."""
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        self._kept = [param.clone() for param in self.param_groups[0]["params"]]
+        torch._foreach_zero_(self.param_groups[0]["params"])
+        torch._foreach_add_(self.param_groups[0]["params"], 7.0)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        torch._foreach_copy_(self.param_groups[0]["params"], self._kept)
+
+
+@torch.no_grad()
+def test_a_schedule_free_optimizer_is_evaluated_at_its_average() -> None:
+    param = nn.Parameter(torch.ones(2))
+    switching, plain = Averaging([param], lr=0.1), torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    with pytest.raises(KeyError), optimizers.evaluating([switching, plain]):
+        assert param.tolist() == [7.0, 7.0]
+        raise KeyError
+    assert param.tolist() == [1.0, 1.0]
+
+
+def test_the_metric_of_a_run_is_that_of_the_average(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[float]] = []
+
+    def metric(problem: Poisson) -> float:
+        seen.append({item for param in problem.model.parameters() for item in param.flatten().tolist()})
+        return 1.0
+
+    monkeypatch.setattr(Poisson, "metric", metric)
+    monkeypatch.setattr(torch.optim, "SGD", Averaging)
+    item = build_run(load_suite(tiny), "poisson", "momentum", lr=1e-3, seed=0)
+    assert measure(item).status == "ok"
+    assert seen == [{7.0}]
 
 
 def test_the_plan_waits_for_the_search(tiny: Path) -> None:

@@ -1,21 +1,26 @@
-"""experiments.sensitivity, on a tiny suite."""
+"""experiments.sensitivity and experiments.variants, on a tiny suite."""
 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import parallel, sensitivity
+from experiments.config import Component
 from experiments.measure import Result, Store, measure
-from experiments.sensitivity import VALUES, default_of, relative_losses, trials
+from experiments.optimizers import build_optimizer
+from experiments.sensitivity import PARTS, VALUES, Effect, default_of, relative_losses, trials
 from experiments.suite import Run, load_suite
 
 TINY = """
 seeds: [0, 1]
+lr_grid: {factor: 2, points: 3, max_points: 3}
 baselines: [adam]
 target: adam
 tasks:
@@ -45,20 +50,27 @@ def test_every_default_is_among_the_values() -> None:
 
 def test_files(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tiny) == 0
-    assert capsys.readouterr().out == "results: out/sensitivity.png\n"
+    assert capsys.readouterr().out == "results: out/sensitivity.md\n"
     with Path("out/sensitivity.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == sum(len(values) for values in VALUES.values())
-    assert len(list(Path("out/runs/poisson").iterdir())) == len(rows) - len(VALUES) + 1
+    shown = [row for row in rows if row["shown"] == "True"]
+    assert len(shown) == sum(len(values) for values in VALUES.values())
+    assert len(rows) == len(shown) + 2 * len(VALUES["part"])  # of three rates
+    # Six series share the run of the defaults; it and two multiples of lr are among the rates that are searched.
+    assert len(list(Path("out/runs/poisson").iterdir())) == len(rows) - (len(VALUES) - 1) - 2
     assert Path("out/sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    page = Path("out/sensitivity.md").read_text(encoding="utf-8")
+    assert page.count("\n| part | ") == len(PARTS)
+    assert page.count("\n| refit_every | ") == len(VALUES["refit_every"]) - 1
 
 
 def test_changed_value_reaches_the_optimizer_and_ratios_are_of_the_defaults(tiny: Path) -> None:
-    assert run(tiny) == 0
+    assert run(tiny, "--vary", "lr", "--vary", "betas") == 0
     suite = load_suite(tiny)
     wanted = list(trials(suite, "butterfly", ["poisson"], [0]))
     by_value = {(trial.name, trial.value): trial.run for trial in wanted}
     assert by_value["lead", 4].component.keywords["lead"] == 4
+    assert by_value["block", 32].component.keywords.items() >= {("block", 32), ("lead", 8)}
     assert by_value["lr", 4].lr == pytest.approx(4e-2)
     assert by_value["lead", default_of("lead")].key == by_value["lr", 1].key
     store = Store(Path("out"))
@@ -68,8 +80,76 @@ def test_changed_value_reaches_the_optimizer_and_ratios_are_of_the_defaults(tiny
     assert other is not None
     assert default != other
     series = dict(relative_losses(wanted, store)["betas", "poisson"])
-    assert series[0.9, 0.95] == 1.0
-    assert series[0.8, 0.95] == pytest.approx(other / default)
+    assert series[0.9, 0.95].ratio == 1.0
+    assert series[0.8, 0.95].ratio == pytest.approx(other / default)
+
+
+def test_the_rate_of_the_task_is_the_usual_one(tiny: Path) -> None:
+    suite = load_suite(tiny, ["tasks.poisson.rates.butterfly=0.5"])
+    assert {trial.run.lr for trial in trials(suite, "butterfly", ["poisson"], [0], names=["lead"])} == {0.5}
+
+
+@pytest.mark.parametrize("value", VALUES["part"])
+def test_among_parts_rates_are_searched_with_the_first_seed(tiny: Path, value: str) -> None:
+    suite = load_suite(tiny)
+
+    def found(loss_of: Callable[[Run], float | None]) -> set[tuple[float, int, bool]]:
+        wanted = trials(suite, "butterfly", ["poisson"], [0, 1], names=["part"], loss_of=loss_of)
+        return {(trial.run.lr, trial.run.seed, trial.is_shown) for trial in wanted if trial.value == value}
+
+    assert found(lambda run: None) == {(0.005, 0, False), (0.01, 0, False), (0.02, 0, False)}
+    searched = {(0.005, 0, False), (0.01, 0, False), (0.02, 0, True), (0.02, 1, True)}
+    assert found(lambda run: 1 / run.lr if run.seed == 0 else None) == searched
+
+
+def test_the_effect_is_tested_seed_by_seed() -> None:
+    effect = Effect.of((2.0, 4.0, 9.0), (1.0, 2.0, 4.0))
+    assert effect.ratio == pytest.approx(9 ** (1 / 3))
+    assert effect.low < effect.ratio < effect.high
+    assert effect.p < 0.05
+    few = Effect.of((2.0, 8.0), (1.0, 1.0))
+    assert few[:3] == pytest.approx((4.0, 4.0, 4.0))
+    assert math.isnan(few.p)
+    assert Effect.of((2.0, math.inf, 1.0), (1.0, 1.0, 1.0)).ratio == math.inf
+    assert Effect.of((0.0, 3.0, 3.0), (4.0, 4.0, 4.0))[:3] == (0.5, 0.5, 0.5)
+    assert math.isnan(Effect.of((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)).ratio)
+
+
+def steps(name: str, *, dead: bool, count: int = 12) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+    """A 40 x 40 matrix after some noisy steps in blocks of 8; a row whose gradient is always zero is `dead`."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(40, 40))
+    optimizer = build_optimizer(Component(name, {"lr": 0.1, "block": 8, "lead": 4, "refit_every": 1}), [param])
+    for _ in range(count):
+        param.grad = torch.randn(40, 40, generator=generator)
+        param.grad[0] *= not dead
+        optimizer.step()
+    return param.detach(), optimizer
+
+
+def test_without_rotation_there_is_no_basis() -> None:
+    _, optimizer = steps("experiments.variants.UnrotatedButterfly", dead=False)
+    (state,) = optimizer.state.values()
+    assert "exp_avg_sq" in state
+    assert not [key for key in state if key.startswith("rotation")]
+    (state,) = steps("Butterfly", dead=False)[1].state.values()
+    assert [key for key in state if key.startswith("rotation")] == ["rotation0", "rotation1"]
+
+
+def test_without_transport_the_second_stage_differs_and_nothing_before_its_first_refit() -> None:
+    """Twice: the first refit happens before anything has turned that a group could have transported."""
+    name = "experiments.variants.UntransportedButterfly"
+    torch.testing.assert_close(steps(name, dead=False, count=1)[0], steps("Butterfly", dead=False, count=1)[0])
+    assert (steps(name, dead=False)[0] - steps("Butterfly", dead=False)[0]).abs().max() > 1e-3
+
+
+def test_without_the_rule_of_zeros_a_dead_row_moves_and_nothing_else_changes() -> None:
+    name = "experiments.variants.ZeroMovingButterfly"
+    assert steps("Butterfly", dead=True)[0][0].abs().max() == 0
+    with_rule, without = steps("Butterfly", dead=True)[0], steps(name, dead=True)[0]
+    assert without[0].abs().max() > 0
+    torch.testing.assert_close(without[1:], with_rule[1:], atol=1e-3, rtol=0)
+    torch.testing.assert_close(steps(name, dead=False)[0], steps("Butterfly", dead=False)[0], atol=0, rtol=0)
 
 
 def test_it_goes_on_where_it_was_stopped(tiny: Path) -> None:
@@ -90,7 +170,7 @@ def test_a_task_without_data_is_skipped(tiny: Path, capsys: pytest.CaptureFixtur
     assert run(tiny) == 0
     captured = capsys.readouterr()
     assert captured.err.count("Task images is skipped: ") == 1
-    assert captured.out == "results: out/sensitivity.png\n"
+    assert captured.out == "results: out/sensitivity.md\n"
     assert len(list(Path("out/runs/poisson").iterdir())) > 10
 
 
@@ -109,7 +189,7 @@ def test_a_dead_worker_ends_it_and_the_figure_shows_what_is_done(
     assert run(tiny) == 1
     captured = capsys.readouterr()
     assert "Stopped: a worker process died while poisson/" in captured.err
-    assert captured.out == "results: out/sensitivity.png\n"
+    assert captured.out == "results: out/sensitivity.md\n"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +198,7 @@ def test_a_dead_worker_ends_it_and_the_figure_shows_what_is_done(
         (["--optimizer", "adam"], "must name a Butterfly"),
         (["--optimizer", "buterfly"], "unknown optimizer 'buterfly'"),
         (["--task", "posson"], "unknown task 'posson'"),
+        (["--vary", "leed"], "unknown hyper-parameter 'leed'"),
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--seeds", "3"], "--seeds must be at most 2, the suite's number, got 3"),
         (["--out", "tiny.yaml"], "cannot make the output folder tiny.yaml"),

@@ -1,7 +1,12 @@
 """Quasi-Newton steps from pairs without noise, for full or large batches (``diagonal="newton"``).
 
     s_t = theta_t - theta_{t-1},  y_t = g_t - g_{t-1}        taken into the estimate P (``secant``)
-    theta <- theta (1 - lr weight_decay) - lr P g
+    theta <- theta (1 - lr weight_decay) - lr H g
+
+H is L-BFGS's product of the last HISTORY pairs (J. Nocedal, Math. Comp. 35, 1980) on an initial metric that agrees
+with the newest of them: P, or the identity where that has foretold the last displacements better, by the cosine of
+``H y`` and s before the pair is taken in. A group of coordinates that P sees as a whole wants P; where eigenvectors are
+no wide butterfly and pairs come along one path, P is no better than the diagonal.
 
 The first step has no curvature to go by: it is ``lr g`` with a closure, else as in torch's LBFGS
 ``lr min(1, 1 / |g|_1) g``. With a closure a step that did not lower the loss as much as its slope promises is halved at
@@ -27,17 +32,28 @@ ARMIJO = 1e-4
 MAX_GROWTH = 2.0
 """A step over the one before, at most."""
 
+HISTORY = 50
+"""Pairs: 100 numbers a coordinate, beside the 340 of P. Gradients to 1e-4 of a logistic regression, l2 = 1e-2 / 1e-4:
+in blocks of 64 85 / 79, on P without a history never / 418, on the identity alone 38 / 85; in one dense block 38 / 72,
+30 / 197 and 38 / 85. Loss of a small physics-informed network after 300: 2e-4, 7e-3, 2e-3; torch's L-BFGS 1.3e-3."""
+
+TRUST_BETA = 0.8
+"""Decay of the errors that choose the metric: the last five pairs or so."""
+
 MAX_HALVINGS = 20
 """After so many halvings the loss is not what the gradient says: go on from where it is."""
 
 
 def new_state(layout: TensorLayout, options: Options) -> State:
-    """What the state of a tensor holds beside ``stack.new_state``: the sums of the estimate, and the last loss."""
+    """What the state of a tensor holds beside ``stack.new_state``: the sums of the estimate, history and last loss."""
     shape = [n for n in layout.shape if n > 1] or [1]
     owner = layout.owner
     sums = secant.new_state(
         shape, block=options["block"], lead=options["lead"], dtype=layout.dtype, device=owner.device
     )
+    n = sums["values"].numel()
+    sums["history"] = torch.zeros(2, HISTORY, n, dtype=layout.dtype, device=owner.device)
+    sums["metric_errors"] = torch.zeros(2, dtype=layout.dtype, device=owner.device)
     return sums | {name: torch.zeros((), device=owner.device) for name in ("prev_loss", "halvings")}
 
 
@@ -92,7 +108,8 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
     averages["prev_param"].copy_(parameters(stack))
     averages["prev_grad"].copy_(grad)
     if state["pairs"] > 0:
-        direction = secant.apply_inverse(state, grad.reshape(state["values"].shape)).view(grad.shape)
+        errors = state["metric_errors"]
+        direction = _apply_history(state, grad.flatten(), on_estimate=bool(errors[0] <= errors[1])).view(grad.shape)
         # Where nothing is known yet an estimate may promise anything: no step is much longer than the last one.
         direction *= (MAX_GROWTH * last.norm() / (n.lr * direction.norm()).clamp_min(1e-30)).clamp_max(1.0)
     elif state["prev_loss"] < torch.inf:
@@ -112,7 +129,41 @@ def _take_pair_(stack: Stack, grad: Tensor) -> None:
     # Where nothing moved, or only by the last half of the digits, y is rounding; where the loss is not finite, nothing.
     least = torch.finfo(theta.dtype).eps ** 0.5 * theta.abs().max()
     if s.abs().max() > least and bool(torch.isfinite(y).all()) and bool(torch.isfinite(s).all()):
+        _remember_pair_(state, s.flatten(), y.flatten())
         secant.update_(state, s, y)
+
+
+def _remember_pair_(state: State, s: Tensor, y: Tensor) -> None:
+    """Takes a pair of positive curvature into the history, and how well either metric foretold it."""
+    if not s @ y > torch.finfo(s.dtype).eps * s.norm() * y.norm():
+        return
+    if state["pairs"] > 0:
+        foretold = torch.stack([_apply_history(state, y, on_estimate=metric) for metric in (True, False)])
+        errors = 1 - torch.nn.functional.cosine_similarity(foretold, s[None])
+        state["metric_errors"].lerp_(errors, 1 - TRUST_BETA)
+    history = state["history"]
+    history.copy_(history.roll(-1, dims=1))
+    history[0, -1], history[1, -1] = s, y
+
+
+def _apply_history(state: State, grad: Tensor, *, on_estimate: bool) -> Tensor:
+    """``H g``: the two loops over the history, on P or the identity, scaled to agree with the newest pair."""
+
+    def metric(x: Tensor) -> Tensor:
+        return secant.apply_inverse(state, x.view(state["values"].shape)).flatten() if on_estimate else x
+
+    pairs = [(s, y, s @ y) for s, y in zip(*state["history"], strict=True) if s.any()]
+    shares = []
+    for s, y, curvature in reversed(pairs):
+        shares.append(s @ grad / curvature)
+        grad = grad - shares[-1] * y
+    direction = metric(grad)
+    if pairs:
+        _, y, curvature = pairs[-1]
+        direction = direction * (curvature / (y @ metric(y)))
+    for (s, y, curvature), share in zip(pairs, reversed(shares), strict=True):
+        direction = direction + s * (share - y @ direction / curvature)
+    return direction
 
 
 def _value(stacks: Sequence[Stack], loss: Any) -> float:

@@ -201,7 +201,7 @@ def _operands(members: Sequence[Member]) -> tables.Operands:
         constants=_constants(l2, 1 - options["betas"][1], numbers.device),
         # What kernels leave out is no change.
         values=values.zero_() if first.gathered else values,
-        flags=new(programs * made.strip, dtype=torch.int32),
+        flags=new(programs, dtype=torch.int32),
         sums=new(programs, 2),
         partials=[
             new(count if observed else 0, axis.width, axis.width)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-KERNELS = {"_innovation_kernel", "_forth_kernel", "_rest_kernel", "_sums_kernel", "_back_kernel", "_stage_kernel",
-           "_average_kernel", "_refit_kernel"}  # fmt: skip
+KERNELS = {"_forth_kernel", "_rest_kernel", "_sums_kernel", "_back_kernel", "_stage_kernel", "_average_kernel",
+           "_refit_kernel"}  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -82,7 +82,7 @@ def compile_all(capability: int) -> set[str]:
         state["calls"] = 2
         stack, usable = Stack([layout], [state], options, 0), torch.ones(1, dtype=torch.bool)
         step.count_steps_([stack], [usable])
-        collectives.run([fused.take_step_(stack, usable)])
+        collectives.run([fused.take_steps_([(stack, usable)])])
     return compiled
 
 

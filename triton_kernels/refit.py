@@ -66,14 +66,14 @@ def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, gate, lead, s
     if tl.load(numbers_ptr + tl.load(groups_ptr).to(tl.int64) * _N + gate) == 0:
         return
     tile_ptr = tiles_ptr + tl.load(groups_ptr + 1) * _WIDE
-    offsets, inside, size = block_offsets(tile_ptr, WIDTH)
+    i = tl.arange(0, WIDTH)[:, None]
+    j = tl.arange(0, WIDTH)[None, :]
+    offsets, inside, size = block_offsets(tile_ptr, i, j)
     total = tl.load(tile_ptr + 1).to(tl.int32)
     matrices_ptr = pointer(tile_ptr + 2, tl.float32, False) + offsets
     moments_ptr = pointer(tile_ptr + 3, tl.float32, False) + offsets
     before = block_matrix(tile_ptr, WIDTH)
     moment = tl.load(moments_ptr, mask=inside, other=0.0)
-    i = tl.arange(0, WIDTH)[:, None]
-    j = tl.arange(0, WIDTH)[None, :]
     if TRANSPORT:
         own = (i // lead == j // lead) & (i < total) & (j < total)
         child = tl.load(tile_ptr + 7) + i // lead * lead * lead + i % lead * lead + j % lead

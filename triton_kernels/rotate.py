@@ -22,7 +22,7 @@ import triton.language as tl
 
 from . import tiles
 from .tables import MATRIX, NUMBERS, Operands
-from .tiles import _WIDE, PRECISION, block_matrix, block_offsets, coordinates, pointer
+from .tiles import _WIDE, PRECISION, block_matrix, block_offsets, coordinates, pointer, store_moment
 
 _M = tl.constexpr(len(MATRIX))
 _N = tl.constexpr(len(NUMBERS))
@@ -72,27 +72,32 @@ def _stage_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
                 x = tl.dot(turn, x, input_precision=PRECISION)
             tl.store(values_ptr + value * volume + offsets, x, mask=mask)
     if OBSERVE:
-        lanes = tl.arange(0, WIDTH)
-        partial_ptr += tl.program_id(0).to(tl.int64) * (WIDTH * WIDTH)
-        tl.store(partial_ptr + lanes[:, None] * WIDTH + lanes[None, :], moment)
+        store_moment(partial_ptr, moment, WIDTH)
 
 
 @triton.jit
-def _average_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH: tl.constexpr):
-    """Adds the partial moments of one tile and takes them into its ``C``."""
+def _average_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+                    AHEAD: tl.constexpr):  # fmt: skip
+    """Adds the partial moments of one tile and takes them into its ``C``: a slice of the entries."""
     groups_ptr += tl.program_id(0) * 5
     weight = tl.load(numbers_ptr + tl.load(groups_ptr).to(tl.int64) * _N + gate)
     if weight == 0:
         return
+    entries = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    i = entries // WIDTH
+    j = entries % WIDTH
+    # Of a partial moment the upper half is written.
+    partial_ptr += tl.where(i < j, entries, j * WIDTH + i)[None, :]
+    first = tl.load(groups_ptr + 2)
+    distance = tl.load(groups_ptr + 3)
+    count = tl.load(groups_ptr + 4)
+    moment = tl.zeros((SLICE,), tl.float32)
+    for start in range(0, count, AHEAD):
+        number = start + tl.arange(0, AHEAD)[:, None]
+        place = (first + number * distance).to(tl.int64) * (WIDTH * WIDTH)
+        moment += tl.sum(tl.load(partial_ptr + place, mask=number < count, other=0.0), axis=0)
     tile_ptr = tiles_ptr + tl.load(groups_ptr + 1) * _WIDE
-    lanes = tl.arange(0, WIDTH)
-    partial_ptr += tl.load(groups_ptr + 2).to(tl.int64) * (WIDTH * WIDTH)
-    distance = tl.load(groups_ptr + 3).to(tl.int64) * (WIDTH * WIDTH)
-    entries = lanes[:, None] * WIDTH + lanes[None, :]
-    moment = tl.zeros((WIDTH, WIDTH), tl.float32)
-    for i in range(tl.load(groups_ptr + 4)):
-        moment += tl.load(partial_ptr + i * distance + entries)
-    offsets, inside, _ = block_offsets(tile_ptr, WIDTH)
+    offsets, inside, _ = block_offsets(tile_ptr, i, j)
     target = pointer(tile_ptr + 3, tl.float32, False) + offsets
     before = tl.load(target, mask=inside, other=0.0)
     tl.store(target, before + weight * (moment - before), mask=inside)
@@ -132,9 +137,10 @@ def average_(operands: Operands, *, axis: int, gate: int) -> None:
         axis: 0 for rows, 1 for columns.
         gate: the column of ``numbers`` that holds the weights; where one is 0, nothing is written.
     """
-    tables = operands.tables
+    tables, width = operands.tables, operands.tables.axes[axis].width
+    entries = min(width**2, 1024)
     with tiles.on_device(operands.values.device):
-        _average_kernel[(len(tables.groups[axis]),)](
-            tables.tiles, tables.groups[axis], operands.numbers, operands.partials[axis], gate,
-            WIDTH=tables.axes[axis].width,
+        _average_kernel[(len(tables.groups[axis]), width**2 // entries)](
+            tables.tiles, tables.groups[axis], operands.numbers, operands.partials[axis], gate, WIDTH=width,
+            SLICE=entries, AHEAD=8,
         )  # fmt: skip

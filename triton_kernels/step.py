@@ -45,7 +45,7 @@ from torch import Tensor
 
 from . import tiles
 from .tables import MATRIX, NUMBERS, USABLE, Operands
-from .tiles import _WIDE, PRECISION, block_matrix, coordinates, goes_on, pointer
+from .tiles import _WIDE, PRECISION, block_matrix, coordinates, goes_on, pointer, store_moment
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """What parameters and gradients may be."""
@@ -58,27 +58,21 @@ _LEAST_TAU2 = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.75)
 
 
 @triton.jit
-def _assigned(programs_ptr, matrices_ptr, tiles_ptr, numbers_ptr, EVEN: tl.constexpr):
-    """What this program is to do: the matrix, its rows of three tables, columns of it, and tiles of the columns."""
-    programs_ptr += tl.program_id(0) * 4
+def _find_tile(programs_ptr, matrices_ptr, tiles_ptr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Matrix and tiles of this program; where its elements lie in the matrix, which exist, and which are final."""
+    programs_ptr += tl.program_id(0) * 3
     matrix = tl.load(programs_ptr).to(tl.int64)
-    matrix_ptr = matrices_ptr + matrix * _M
-    columns = tl.load(matrix_ptr + 6)
+    row_ptr = tiles_ptr + tl.load(programs_ptr + 1) * _WIDE
+    column_ptr = tiles_ptr + tl.load(programs_ptr + 2) * _WIDE
+    columns = tl.load(matrices_ptr + matrix * _M + 6)
     if EVEN:
         columns = tl.multiple_of(columns, 16)
-    row_ptr = tiles_ptr + tl.load(programs_ptr + 1) * _WIDE
-    first = tl.load(programs_ptr + 2)
-    return matrix, matrix_ptr, row_ptr, numbers_ptr + matrix * _N, columns, first, tl.load(programs_ptr + 3)
-
-
-@triton.jit
-def _find_tile(row_ptr, column_ptr, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Where the elements of a tile lie in its matrix, which exist, and which of these are final."""
     own_rows, in_rows = coordinates(row_ptr, HEIGHT, False)
     own_columns, in_columns = coordinates(column_ptr, WIDTH, EVEN)
+    offsets = own_rows[:, None] * columns + own_columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     final = (goes_on(row_ptr, HEIGHT)[:, None] | goes_on(column_ptr, WIDTH)[None, :]) == 0
-    return own_rows[:, None] * columns + own_columns[None, :], mask, final & mask
+    return matrix, row_ptr, column_ptr, offsets, mask, final & mask
 
 
 @triton.jit
@@ -120,11 +114,17 @@ def _average(average_ptr, offsets, product, weight, mask):
 
 
 @triton.jit
-def _average_pairs(disp_sq_ptr, cross_ptr, offsets, u, w, weight, mask):
-    """B and C of a tile; returns the sums of B and |C|."""
-    disp_sq = _average(disp_sq_ptr, offsets, w * w, weight, mask)
-    cross = tl.abs(_average(cross_ptr, offsets, u * w, weight, mask))
-    return tl.sum(tl.sum(disp_sq, axis=1), axis=0), tl.sum(tl.sum(cross, axis=1), axis=0)
+def _average_pairs(matrix_ptr, offsets, u, w, weight, mask, sums_ptr, EVEN: tl.constexpr, ADD: tl.constexpr):
+    """B and C of a tile; their sums are written for the program, or added to those of its first launch."""
+    disp_sq = _average(pointer(matrix_ptr + 3, tl.float32, EVEN), offsets, w * w, weight, mask)
+    cross = _average(pointer(matrix_ptr + 4, tl.float32, EVEN), offsets, u * w, weight, mask)
+    disp_sq = tl.sum(tl.sum(disp_sq, axis=1), axis=0)
+    cross = tl.sum(tl.sum(tl.abs(cross), axis=1), axis=0)
+    if ADD:
+        disp_sq += tl.load(sums_ptr)
+        cross += tl.load(sums_ptr + 1)
+    tl.store(sums_ptr, disp_sq)
+    tl.store(sums_ptr + 1, cross)
 
 
 @triton.jit
@@ -134,14 +134,15 @@ def _at_least(x, bound):
 
 
 @triton.jit
-def _regressed(energy, disp_sq_ptr, cross_ptr, sums_ptr, offsets, mask, size, step, newest, MIN_STEPS: tl.constexpr,
-               MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr):  # fmt: skip
+def _regressed(energy, matrix_ptr, sums_ptr, offsets, mask, step, newest, MIN_STEPS: tl.constexpr,
+               MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     """``V`` of ``diagonal.regress``, in its order."""
+    size = tl.load(matrix_ptr + 7) * 1.0
     tau2 = tl.load(sums_ptr) / size
     moved = (tau2 > _LEAST_TAU2) & (step > MIN_STEPS)
     inverse = tl.where(moved, 1.0 / tl.sqrt_rn(tl.where(moved, tau2, 1.0)), 0.0)
-    b = tl.load(disp_sq_ptr + offsets, mask=mask, other=0.0) * (inverse * inverse)
-    c = tl.load(cross_ptr + offsets, mask=mask, other=0.0) * inverse
+    b = tl.load(pointer(matrix_ptr + 3, tl.float32, EVEN) + offsets, mask=mask, other=0.0) * (inverse * inverse)
+    c = tl.load(pointer(matrix_ptr + 4, tl.float32, EVEN) + offsets, mask=mask, other=0.0) * inverse
     mean_slope = tl.load(sums_ptr + 1) * inverse / size
     residual = _at_least(energy - c * c / (b + 1 / MAX_RIDGE), 0.0)
     inverse_slope = 1.0 / _at_least(mean_slope, _ROOT_TINY)
@@ -160,74 +161,57 @@ def _direction(m, energy, floor):
 
 @triton.jit
 def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, constants_ptr, values_ptr,
-                  flags_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, volume, strip, STEP: tl.constexpr,
+                  flags_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, volume, STEP: tl.constexpr,
                   OBSERVE: tl.constexpr, SECANT: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
                   GRAD: tl.constexpr, PARAM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                   EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    matrix, matrix_ptr, row_ptr, numbers_ptr, columns, first, last = _assigned(
-        programs_ptr, matrices_ptr, tiles_ptr, numbers_ptr, EVEN
+    matrix, row_ptr, column_ptr, offsets, mask, final = _find_tile(
+        programs_ptr, matrices_ptr, tiles_ptr, HEIGHT, WIDTH, EVEN
     )
+    numbers_ptr += matrix * _N
     if tl.load(numbers_ptr + gate) == 0:
         return
     program = tl.program_id(0).to(tl.int64)
-    grad_ptr = pointer(addresses_ptr + matrix * 2, GRAD, EVEN)
+    matrices_ptr += matrix * _M
     param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, EVEN)
-    mean_ptr = pointer(matrix_ptr, tl.float32, EVEN)
-    values_ptr = _find_values(values_ptr, matrix_ptr, EVEN)
-    weight = tl.load(numbers_ptr)
+    mean_ptr = pointer(matrices_ptr, tl.float32, EVEN)
+    mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+    grad_ptr = pointer(addresses_ptr + matrix * 2, GRAD, EVEN)
+    y = _innovation(grad_ptr, param_ptr, constants_ptr, mean, offsets, mask, MAXIMIZE, DECAY)
+    if OBSERVE and ROWS:
+        store_moment(row_partial_ptr, tl.dot(y, tl.trans(y), input_precision=PRECISION), HEIGHT)
+    if OBSERVE and COLUMNS:
+        store_moment(column_partial_ptr, tl.dot(tl.trans(y), y, input_precision=PRECISION), WIDTH)
     row_matrix = 0.0
     column_matrix = 0.0
     if ROWS:
         row_matrix = tl.trans(block_matrix(row_ptr, HEIGHT))
-    moment = tl.zeros((HEIGHT, HEIGHT), tl.float32)
-    disp_sum = 0.0
-    cross_sum = 0.0
-    for tile in range(first, last):
-        column_ptr = tiles_ptr + tile * _WIDE
-        offsets, mask, final = _find_tile(row_ptr, column_ptr, columns, HEIGHT, WIDTH, EVEN)
-        others = (final == 0) & mask
-        mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
-        y = _innovation(grad_ptr, param_ptr, constants_ptr, mean, offsets, mask, MAXIMIZE, DECAY)
-        if OBSERVE and ROWS:
-            moment += tl.dot(y, tl.trans(y), input_precision=PRECISION)
-        if OBSERVE and COLUMNS:
-            own = tl.arange(0, WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-            own += (program * strip + (tile - first)) * (WIDTH * WIDTH)
-            tl.store(column_partial_ptr + own, tl.dot(tl.trans(y), y, input_precision=PRECISION))
-        if COLUMNS:
-            column_matrix = block_matrix(column_ptr, WIDTH)
-        u = _turn(y, row_matrix, column_matrix, ROWS, COLUMNS)
-        tl.store(values_ptr + offsets, u, mask=others)
-        if STEP:
-            mean += weight * y
-            tl.store(mean_ptr + offsets, mean, mask=mask)
-            zeros = tl.max(tl.max(tl.where(mask & (mean == 0), 1, 0), axis=1), axis=0)
-            tl.store(flags_ptr + program * strip + (tile - first), zeros)
-            m = _turn(mean + weight * (1.0 - weight) * y, row_matrix, column_matrix, ROWS, COLUMNS)
-            square_ptr = pointer(matrix_ptr + 1, tl.float32, EVEN)
-            energy = _average(square_ptr, offsets, u * u, tl.load(numbers_ptr + 1), final)
-            if SECANT:
-                param_avg_ptr = pointer(matrix_ptr + 2, tl.float32, EVEN)
-                param_avg = tl.load(param_avg_ptr + offsets, mask=mask, other=0.0)
-                s = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - param_avg
-                tl.store(param_avg_ptr + offsets, param_avg + weight * s, mask=mask)
-                w = _turn(s, row_matrix, column_matrix, ROWS, COLUMNS)
-                tl.store(values_ptr + 2 * volume + offsets, w, mask=others)
-                disp_sq, cross = _average_pairs(
-                    pointer(matrix_ptr + 3, tl.float32, EVEN), pointer(matrix_ptr + 4, tl.float32, EVEN), offsets, u,
-                    w, tl.load(numbers_ptr + 2), final,
-                )  # fmt: skip
-                disp_sum += disp_sq
-                cross_sum += cross
-            else:
-                m = tl.where(final, _direction(m, energy, tl.load(numbers_ptr + 7)), m)
-            tl.store(values_ptr + volume + offsets, m, mask=mask)
-    if OBSERVE and ROWS:
-        own = tl.arange(0, HEIGHT)[:, None] * HEIGHT + tl.arange(0, HEIGHT)[None, :]
-        tl.store(row_partial_ptr + program * (HEIGHT * HEIGHT) + own, moment)
-    if STEP and SECANT:
-        tl.store(sums_ptr + program * 2, disp_sum)
-        tl.store(sums_ptr + program * 2 + 1, cross_sum)
+    if COLUMNS:
+        column_matrix = block_matrix(column_ptr, WIDTH)
+    values_ptr = _find_values(values_ptr, matrices_ptr, EVEN)
+    others = (final == 0) & mask
+    u = _turn(y, row_matrix, column_matrix, ROWS, COLUMNS)
+    tl.store(values_ptr + offsets, u, mask=others)
+    if STEP:
+        weight = tl.load(numbers_ptr)
+        mean += weight * y
+        tl.store(mean_ptr + offsets, mean, mask=mask)
+        tl.store(flags_ptr + program, tl.max(tl.max(tl.where(mask & (mean == 0), 1, 0), axis=1), axis=0))
+        m = _turn(mean + weight * (1.0 - weight) * y, row_matrix, column_matrix, ROWS, COLUMNS)
+        square_ptr = pointer(matrices_ptr + 1, tl.float32, EVEN)
+        energy = _average(square_ptr, offsets, u * u, tl.load(numbers_ptr + 1), final)
+        if SECANT:
+            param_avg_ptr = pointer(matrices_ptr + 2, tl.float32, EVEN)
+            param_avg = tl.load(param_avg_ptr + offsets, mask=mask, other=0.0)
+            s = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - param_avg
+            tl.store(param_avg_ptr + offsets, param_avg + weight * s, mask=mask)
+            w = _turn(s, row_matrix, column_matrix, ROWS, COLUMNS)
+            tl.store(values_ptr + 2 * volume + offsets, w, mask=others)
+            _average_pairs(matrices_ptr, offsets, u, w, tl.load(numbers_ptr + 2), final, sums_ptr + program * 2, EVEN,
+                           False)  # fmt: skip
+        else:
+            m = tl.where(final, _direction(m, energy, tl.load(numbers_ptr + 7)), m)
+        tl.store(values_ptr + volume + offsets, m, mask=mask)
 
 
 @triton.jit
@@ -236,43 +220,30 @@ def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, constants_p
                  MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                  EVEN: tl.constexpr):  # fmt: skip
     """Averages and direction of the coordinates that later stages turn."""
-    matrix, matrix_ptr, row_ptr, numbers_ptr, columns, first, last = _assigned(
-        programs_ptr, matrices_ptr, tiles_ptr, numbers_ptr, EVEN
-    )
+    matrix, _, _, offsets, mask, final = _find_tile(programs_ptr, matrices_ptr, tiles_ptr, HEIGHT, WIDTH, EVEN)
+    numbers_ptr += matrix * _N
     if tl.load(numbers_ptr + 5) == 0:
         return
-    values_ptr = _find_values(values_ptr, matrix_ptr, EVEN)
-    square_ptr = pointer(matrix_ptr + 1, tl.float32, EVEN)
-    disp_sq_ptr = pointer(matrix_ptr + 3, tl.float32, EVEN)
-    cross_ptr = pointer(matrix_ptr + 4, tl.float32, EVEN)
-    disp_sum = 0.0
-    cross_sum = 0.0
-    for tile in range(first, last):
-        offsets, mask, final = _find_tile(row_ptr, tiles_ptr + tile * _WIDE, columns, HEIGHT, WIDTH, EVEN)
-        mask = mask & (final == 0)
-        if AVERAGE:
-            u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-            energy = _average(square_ptr, offsets, u * u, tl.load(numbers_ptr + 1), mask)
-            if SECANT:
-                w = tl.load(values_ptr + 2 * volume + offsets, mask=mask, other=0.0)
-                disp_sq, cross = _average_pairs(disp_sq_ptr, cross_ptr, offsets, u, w, tl.load(numbers_ptr + 2), mask)
-                disp_sum += disp_sq
-                cross_sum += cross
-        else:
-            energy = tl.load(square_ptr + offsets, mask=mask, other=0.0)
-        if DIRECT:
-            if SECANT:
-                energy = _regressed(energy, disp_sq_ptr, cross_ptr, sums_ptr + matrix * 2, offsets, mask,
-                                    tl.load(matrix_ptr + 7) * 1.0, tl.load(numbers_ptr + 3),
-                                    tl.load(constants_ptr + 1), MIN_STEPS, MAX_RIDGE, ROUNDING)  # fmt: skip
-            m = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
-            d = _direction(m, energy, tl.load(numbers_ptr + 7))
-            tl.store(values_ptr + volume + offsets, d, mask=mask)
-    if AVERAGE and SECANT:
-        # To the sums of final coordinates, which the way forth left.
-        partial_ptr += tl.program_id(0).to(tl.int64) * 2
-        tl.store(partial_ptr, tl.load(partial_ptr) + disp_sum)
-        tl.store(partial_ptr + 1, tl.load(partial_ptr + 1) + cross_sum)
+    mask = mask & (final == 0)
+    matrices_ptr += matrix * _M
+    values_ptr = _find_values(values_ptr, matrices_ptr, EVEN)
+    square_ptr = pointer(matrices_ptr + 1, tl.float32, EVEN)
+    if AVERAGE:
+        u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
+        energy = _average(square_ptr, offsets, u * u, tl.load(numbers_ptr + 1), mask)
+        if SECANT:
+            w = tl.load(values_ptr + 2 * volume + offsets, mask=mask, other=0.0)
+            partial_ptr += tl.program_id(0).to(tl.int64) * 2
+            _average_pairs(matrices_ptr, offsets, u, w, tl.load(numbers_ptr + 2), mask, partial_ptr, EVEN, True)
+    else:
+        energy = tl.load(square_ptr + offsets, mask=mask, other=0.0)
+    if DIRECT:
+        if SECANT:
+            energy = _regressed(energy, matrices_ptr, sums_ptr + matrix * 2, offsets, mask, tl.load(numbers_ptr + 3),
+                                tl.load(constants_ptr + 1), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
+        values_ptr += volume
+        m = tl.load(values_ptr + offsets, mask=mask, other=0.0)
+        tl.store(values_ptr + offsets, _direction(m, energy, tl.load(numbers_ptr + 7)), mask=mask)
 
 
 @triton.jit
@@ -318,47 +289,42 @@ def _round(x, matrix_ptr, offsets, step, DTYPE: tl.constexpr, STOCHASTIC: tl.con
 
 @triton.jit
 def _back_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, constants_ptr, values_ptr,
-                 flags_ptr, sums_ptr, volume, strip, SECANT: tl.constexpr, WRITE: tl.constexpr,
-                 STOCHASTIC: tl.constexpr, PARAM: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr,
-                 ROUNDING: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    matrix, matrix_ptr, row_ptr, numbers_ptr, columns, first, last = _assigned(
-        programs_ptr, matrices_ptr, tiles_ptr, numbers_ptr, EVEN
+                 flags_ptr, sums_ptr, volume, SECANT: tl.constexpr, WRITE: tl.constexpr, STOCHASTIC: tl.constexpr,
+                 PARAM: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
+                 HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr):  # fmt: skip
+    matrix, row_ptr, column_ptr, offsets, mask, final = _find_tile(
+        programs_ptr, matrices_ptr, tiles_ptr, HEIGHT, WIDTH, EVEN
     )
+    numbers_ptr += matrix * _N
     if tl.load(numbers_ptr + 5) == 0:
         return
-    values_ptr = _find_values(values_ptr, matrix_ptr, EVEN)
-    mean_ptr = pointer(matrix_ptr, tl.float32, EVEN)
-    param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, EVEN)
+    matrices_ptr += matrix * _M
+    values_ptr = _find_values(values_ptr, matrices_ptr, EVEN)
+    d = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
     step = tl.load(numbers_ptr + 3)
+    if SECANT:
+        energy = tl.load(pointer(matrices_ptr + 1, tl.float32, EVEN) + offsets, mask=final, other=0.0)
+        energy = _regressed(energy, matrices_ptr, sums_ptr + matrix * 2, offsets, final, step,
+                            tl.load(constants_ptr + 1), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
+        d = tl.where(final, _direction(d, energy, tl.load(numbers_ptr + 7)), d)
     row_matrix = 0.0
     column_matrix = 0.0
     if ROWS:
         row_matrix = block_matrix(row_ptr, HEIGHT)
-    for tile in range(first, last):
-        column_ptr = tiles_ptr + tile * _WIDE
-        offsets, mask, final = _find_tile(row_ptr, column_ptr, columns, HEIGHT, WIDTH, EVEN)
-        d = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
-        if SECANT:
-            energy = tl.load(pointer(matrix_ptr + 1, tl.float32, EVEN) + offsets, mask=final, other=0.0)
-            energy = _regressed(energy, pointer(matrix_ptr + 3, tl.float32, EVEN),
-                                pointer(matrix_ptr + 4, tl.float32, EVEN), sums_ptr + matrix * 2, offsets, final,
-                                tl.load(matrix_ptr + 7) * 1.0, step, tl.load(constants_ptr + 1), MIN_STEPS, MAX_RIDGE,
-                                ROUNDING)  # fmt: skip
-            d = tl.where(final, _direction(d, energy, tl.load(numbers_ptr + 7)), d)
-        if COLUMNS:
-            column_matrix = tl.trans(block_matrix(column_ptr, WIDTH))
-        change = -tl.load(numbers_ptr + 4) * _turn(d, row_matrix, column_matrix, ROWS, COLUMNS)
-        # gbar is read where the way forth met a zero: spread, since a mask is no single truth value.
-        flag = tl.load(flags_ptr + tl.program_id(0).to(tl.int64) * strip + (tile - first))
-        flagged = mask & (tl.zeros((HEIGHT, WIDTH), tl.int32) + flag != 0)
-        change = tl.where(tl.load(mean_ptr + offsets, mask=flagged, other=1.0) == 0, 0.0, change)
-        if WRITE:
-            after = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * tl.load(numbers_ptr + 6)
-            after = _round(after + change, matrix_ptr, offsets, step, PARAM, STOCHASTIC)
-            tl.store(param_ptr + offsets, after, mask=mask)
-        else:
-            tl.store(values_ptr + offsets, change, mask=mask)
+    if COLUMNS:
+        column_matrix = tl.trans(block_matrix(column_ptr, WIDTH))
+    change = -tl.load(numbers_ptr + 4) * _turn(d, row_matrix, column_matrix, ROWS, COLUMNS)
+    # gbar is read where the way forth met a zero: spread, since a mask is no single truth value.
+    flagged = tl.zeros((HEIGHT, WIDTH), tl.int32) + tl.load(flags_ptr + tl.program_id(0)) != 0
+    mean_ptr = pointer(matrices_ptr, tl.float32, EVEN)
+    change = tl.where(tl.load(mean_ptr + offsets, mask=mask & flagged, other=1.0) == 0, 0.0, change)
+    if WRITE:
+        param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, EVEN) + offsets
+        after = tl.load(param_ptr, mask=mask, other=0.0).to(tl.float32) * tl.load(numbers_ptr + 6) + change
+        tl.store(param_ptr, _round(after, matrices_ptr, offsets, step, PARAM, STOCHASTIC), mask=mask)
+    else:
+        tl.store(values_ptr + offsets, change, mask=mask)
 
 
 def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
@@ -375,8 +341,8 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
     with tiles.on_device(operands.values.device):
         _forth_kernel[_grid(operands)](
             operands.addresses, *_tables(operands), operands.numbers, operands.constants, operands.values,
-            operands.flags, operands.sums, *operands.partials, gate, operands.tables.volume, operands.tables.strip,
-            STEP=step, OBSERVE=observe, SECANT=operands.secant, MAXIMIZE=operands.maximize, DECAY=operands.decays,
+            operands.flags, operands.sums, *operands.partials, gate, operands.tables.volume, STEP=step, OBSERVE=observe,
+            SECANT=operands.secant, MAXIMIZE=operands.maximize, DECAY=operands.decays,
             GRAD=_dtype(operands, "gradients"), PARAM=_dtype(operands, "parameters"), **_rotated(operands),
             **_geometry(operands),
         )  # fmt: skip
@@ -418,7 +384,7 @@ def back_(operands: Operands, sums: Tensor, *, stochastic: bool, write: bool) ->
     with tiles.on_device(operands.values.device):
         _back_kernel[_grid(operands)](
             operands.addresses, *_tables(operands), operands.numbers, operands.constants, operands.values,
-            operands.flags, sums, operands.tables.volume, operands.tables.strip, WRITE=write, STOCHASTIC=stochastic,
+            operands.flags, sums, operands.tables.volume, WRITE=write, STOCHASTIC=stochastic,
             PARAM=_dtype(operands, "parameters"), **_regression(operands), **_rotated(operands), **_geometry(operands),
         )  # fmt: skip
 
@@ -443,10 +409,10 @@ def _rotated(operands: Operands) -> dict[str, bool]:
 
 
 def _geometry(operands: Operands) -> dict[str, Any]:
-    """Sides of a tile; 16 elements a lane, at most 8 warps; no second tile is loaded ahead, for want of room."""
+    """Sides of a tile; 16 elements a lane, at most 8 warps."""
     height, width = (axis.width for axis in operands.tables.axes)
     warps = 1 << max(0, min(3, (height * width // 512).bit_length() - 1))
-    return {"HEIGHT": height, "WIDTH": width, "EVEN": operands.even, "num_warps": warps, "num_stages": 1}
+    return {"HEIGHT": height, "WIDTH": width, "EVEN": operands.even, "num_warps": warps}
 
 
 def _regression(operands: Operands) -> dict[str, Any]:

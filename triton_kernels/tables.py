@@ -112,7 +112,6 @@ class Tables(NamedTuple):
         tiles: see the module.
         passes: the stages of the rows and those of the columns; the leaves alone where an axis is not rotated.
         groups: of rows and columns, those of all stages one after the other.
-        strip: tiles of the columns that a program takes.
         partials: partial second moments of rows and columns.
         changes: numbers that a refit keeps for the next stage.
         volume: elements of all matrices.
@@ -123,7 +122,6 @@ class Tables(NamedTuple):
     tiles: Tensor
     passes: list[list[Pass]]
     groups: list[Tensor]
-    strip: int
     partials: list[int]
     changes: int
     volume: int
@@ -190,29 +188,29 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
     tile_rows, numbers, changes = _tile_rows(parts)
     counts = [part.shape[0] for part in parts]
     matrices = torch.arange(sum(counts)).split(counts)
-    strip = tiles.share(sum(rows[0].numel() * columns[0].shape[1] for rows, columns in numbers))
-    spans = [rows[0].shape[1] * -(-columns[0].shape[1] // strip) for rows, columns in numbers]
-    programs = torch.tensor(spans).repeat_interleave(torch.tensor(counts))
+    programs = torch.tensor([own[0][0].shape[1] * own[1][0].shape[1] for own in numbers]).repeat_interleave(
+        torch.tensor(counts)
+    )
     starts = programs.cumsum(0) - programs
-    leaves, below = [], []
-    for matrix, (rows, columns), span in zip(matrices, numbers, spans, strict=True):
-        row, column = rows[0], columns[0]
-        leaves.append(_shared_out(matrix, row, column[:, :1, None], column.shape[1], strip))
-        # Rows have a partial moment for each program, columns one for each tile of its strip.
-        places = starts[matrix][:, None] * strip + torch.arange(column.shape[1])
-        below.append(_table(matrix[:, None], column, places, span // row.shape[1] * strip, row.shape[1]))
-    strips = _joined(leaves, 0)
-    passes = [[strips], [Pass(strips.programs[:0], torch.cat(below), 0)]]
-    partials = [len(strips.programs), len(strips.programs) * strip]
+    leaves: list[list[Tensor]] = [[], [], []]
+    for matrix, ((row, *_), (column, *_)) in zip(matrices, numbers, strict=True):
+        first, height, width = starts[matrix][:, None], row.shape[1], column.shape[1]
+        matrix = matrix[:, None]
+        leaves[0].append(_table(matrix[..., None], row[..., None], column[:, None]))
+        leaves[1].append(_table(matrix, row, first + torch.arange(height) * width, 1, width))
+        leaves[2].append(_table(matrix, column, first + torch.arange(width), width, height))
+    partials = [int(programs.sum())] * 2
+    tile_programs, *groups = (torch.cat(tables) for tables in leaves)
+    passes = [[Pass(tile_programs, groups[0], 0)], [Pass(tile_programs[:0], groups[1], 0)]]
     for axis, stages in enumerate(passes):
         width = parts[0].axes[1 - axis].width
         for stage in range(1, max(len(own[axis]) for own in numbers)):
             members = [
-                (matrix, own[axis][stage], 0, -(-part.shape[2 - axis] // width))
+                (matrix, own[axis][stage], -(-part.shape[2 - axis] // width))
                 for part, matrix, own in zip(parts, matrices, numbers, strict=True)
                 if stage < len(own[axis])
             ]
-            each = tiles.share(sum(tile.numel() * chunks for _, tile, _, chunks in members))
+            each = tiles.share(sum(tile.numel() * chunks for _, tile, chunks in members))
             stages.append(_joined([_shared_out(*member, each) for member in members], partials[axis]))
             partials[axis] += len(stages[-1].programs)
     groups = [tiles.on_gpu(torch.cat([own.groups for own in stages]), device) for stages in passes]
@@ -223,7 +221,7 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
         ]
     rows = tiles.on_gpu(_matrix_rows(parts, starts, programs), device)
     volume = sum(part.numel for part in parts)
-    return Tables(parts, rows, tiles.on_gpu(tile_rows, device), passes, groups, strip, partials, changes, volume)
+    return Tables(parts, rows, tiles.on_gpu(tile_rows, device), passes, groups, partials, changes, volume)
 
 
 def _table(*columns: Tensor | int) -> Tensor:
@@ -231,20 +229,17 @@ def _table(*columns: Tensor | int) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, columns)), dim=-1).flatten(0, -2).int()
 
 
-def _shared_out(matrix: Tensor, tile: Tensor, base: Tensor | int, others: int, each: int) -> tuple[Tensor, Tensor]:
-    """Programs and groups of a stage of one part, its partial moments counted from 0.
+def _shared_out(matrix: Tensor, tile: Tensor, chunks: int, each: int) -> tuple[Tensor, Tensor]:
+    """Programs and groups of a later stage of one part, its partial moments counted from 0.
 
     Args:
         matrix: ``(count,)``, the numbers of its matrices.
         tile: ``(count, tiles)``, those of its tiles.
-        base: number of the first tile, or chunk, of the other axis.
-        others: how many these are.
+        chunks: of the other axis.
         each: how many a program takes.
     """
-    starts = torch.arange(0, others, each)
-    programs = _table(
-        matrix.view(-1, 1, 1), tile[..., None], base + starts, base + (starts + each).clamp_max(others)
-    )  # fmt: skip
+    starts = torch.arange(0, chunks, each)
+    programs = _table(matrix.view(-1, 1, 1), tile[..., None], starts, (starts + each).clamp_max(chunks))
     places = torch.arange(tile.numel()).view(tile.shape) * len(starts)
     return programs, _table(matrix[:, None], tile, places, 1, len(starts))
 

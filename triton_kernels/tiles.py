@@ -30,8 +30,8 @@ VECTOR_WIDTH = 1024
 MANY_PROGRAMS = 528
 """Programs that fill a device: four for each of the 132 multiprocessors of an H100."""
 
-MAX_STRIP = 8
-"""Tiles a program takes where there are more than enough: their moments are written once, an eighth of a tile's."""
+MAX_CHUNKS = 8
+"""Chunks a program takes where there are more than enough: it writes one partial moment for all of them."""
 
 PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 """Products as accurate as float32, whatever torch's global setting says. Three TF32 products (relative error 1.7e-7 of
@@ -106,7 +106,7 @@ def width_of(length: int) -> int:
 
 def share(work: int) -> int:
     """Of so many pieces of work, those that one program takes."""
-    return max(1, min(MAX_STRIP, work // MANY_PROGRAMS))
+    return max(1, min(MAX_CHUNKS, work // MANY_PROGRAMS))
 
 
 def on_gpu(rows: Tensor, device: torch.device) -> Tensor:
@@ -187,12 +187,10 @@ def goes_on(tile_ptr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def block_offsets(tile_ptr, WIDTH: tl.constexpr):
-    """Where the entries of a tile's block-diagonal matrix lie, which of them exist, and the size of a block."""
+def block_offsets(tile_ptr, i, j):
+    """Where entries i, j of a tile's block-diagonal matrix lie, which of them exist, and the size of a block."""
     total = tl.load(tile_ptr + 1).to(tl.int32)
     size = tl.load(tile_ptr + 4).to(tl.int32)
-    i = tl.arange(0, WIDTH)[:, None]
-    j = tl.arange(0, WIDTH)[None, :]
     inside = (i // size == j // size) & (i < total) & (j < total) & (tl.zeros_like(i) + tl.load(tile_ptr + 2) != 0)
     return i // size * size * size + i % size * size + j % size, inside, size
 
@@ -200,8 +198,16 @@ def block_offsets(tile_ptr, WIDTH: tl.constexpr):
 @triton.jit
 def block_matrix(tile_ptr, WIDTH: tl.constexpr):
     """The block-diagonal matrix of a tile, ``(WIDTH, WIDTH)``; ones on the diagonal where nothing is rotated."""
-    offsets, inside, _ = block_offsets(tile_ptr, WIDTH)
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
+    offsets, inside, _ = block_offsets(tile_ptr, i, j)
     rests = (i == j) & (tl.zeros_like(i) + tl.load(tile_ptr + 2) == 0)
     return tl.where(rests, 1.0, tl.load(pointer(tile_ptr + 2, tl.float32, False) + offsets, mask=inside, other=0.0))
+
+
+@triton.jit
+def store_moment(partial_ptr, moment, WIDTH: tl.constexpr):
+    """The upper half of the partial second moment of this program; it is symmetric."""
+    i = tl.arange(0, WIDTH)[:, None]
+    j = tl.arange(0, WIDTH)[None, :]
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * (WIDTH * WIDTH) + i * WIDTH + j, moment, mask=i <= j)

@@ -28,9 +28,9 @@ _M = tl.constexpr(len(MATRIX))
 _N = tl.constexpr(len(NUMBERS))
 
 
-@triton.jit
-def _stage_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, partial_ptr, gate, volume,
-                  VALUES: tl.constexpr, WIDTH: tl.constexpr, OTHER: tl.constexpr, COLUMNS: tl.constexpr,
+@triton.jit(do_not_specialize=["values"])
+def _stage_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, partial_ptr, gate, values, volume,
+                  WIDTH: tl.constexpr, OTHER: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr,
                   BACK: tl.constexpr, OBSERVE: tl.constexpr):  # fmt: skip
     """One tile and some chunks; ``COLUMNS`` if the last axis is the rotated one."""
     programs_ptr += tl.program_id(0) * 4
@@ -39,8 +39,12 @@ def _stage_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
         return
     tile_ptr = tiles_ptr + tl.load(programs_ptr + 1) * _WIDE
     matrix_ptr = matrices_ptr + matrix * _M
-    values_ptr += tl.load(matrix_ptr + 5)
+    start = tl.load(matrix_ptr + 5)
     columns = tl.load(matrix_ptr + 6)
+    if EVEN:
+        start = tl.multiple_of(start, 16)
+        columns = tl.multiple_of(columns, 16)
+    values_ptr += start
     others = columns
     if COLUMNS:
         others = tl.load(matrix_ptr + 7) // columns
@@ -51,26 +55,28 @@ def _stage_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
     if COLUMNS == BACK:
         turn = tl.trans(turn)
     moment = tl.zeros((WIDTH, WIDTH), tl.float32)
-    for chunk in range(tl.load(programs_ptr + 2), tl.load(programs_ptr + 3)):
-        other = chunk * OTHER + tl.arange(0, OTHER)
+    first = tl.load(programs_ptr + 2)
+    for step in range(first * values, tl.load(programs_ptr + 3) * values):
+        other = step // values * OTHER + tl.arange(0, OTHER)
+        base_ptr = values_ptr + (step % values).to(tl.int64) * volume
         if COLUMNS:
             offsets = other[:, None].to(tl.int64) * columns + own[None, :]
             mask = (other < others)[:, None] & exists[None, :]
         else:
             offsets = own[:, None] * columns + other[None, :]
             mask = exists[:, None] & (other < others)[None, :]
-        for value in tl.static_range(VALUES):
-            x = tl.load(values_ptr + value * volume + offsets, mask=mask, other=0.0)
-            if OBSERVE and value == 0:
+        x = tl.load(base_ptr + offsets, mask=mask, other=0.0)
+        if OBSERVE:
+            if step % values == 0:
                 if COLUMNS:
                     moment += tl.dot(tl.trans(x), x, input_precision=PRECISION)
                 else:
                     moment += tl.dot(x, tl.trans(x), input_precision=PRECISION)
-            if COLUMNS:
-                x = tl.dot(x, turn, input_precision=PRECISION)
-            else:
-                x = tl.dot(turn, x, input_precision=PRECISION)
-            tl.store(values_ptr + value * volume + offsets, x, mask=mask)
+        if COLUMNS:
+            x = tl.dot(x, turn, input_precision=PRECISION)
+        else:
+            x = tl.dot(turn, x, input_precision=PRECISION)
+        tl.store(base_ptr + offsets, x, mask=mask)
     if OBSERVE:
         store_moment(partial_ptr, moment, WIDTH)
 
@@ -123,8 +129,8 @@ def turn_(operands: Operands, *, axis: int, gate: int, back: bool = False, obser
         for stage in reversed(later) if back else later:
             _stage_kernel[(len(stage.programs),)](
                 tables.matrices, tables.tiles, stage.programs, operands.numbers, values,
-                operands.partials[axis][stage.first :] if observe else values, gate, tables.volume, VALUES=len(values),
-                WIDTH=width, OTHER=other, COLUMNS=axis == 1, BACK=back, OBSERVE=observe,
+                operands.partials[axis][stage.first :] if observe else values, gate, len(values), tables.volume,
+                WIDTH=width, OTHER=other, EVEN=operands.even, COLUMNS=axis == 1, BACK=back, OBSERVE=observe,
                 num_warps=8 if width == tiles.MAX_BLOCK else 4, num_stages=1,
             )  # fmt: skip
 

@@ -29,9 +29,7 @@ def steps_of(pairs: Sequence[tuple[Stack, Tensor]]) -> list[Step]:
         take = choose_step(stack.options, layout.owner.device, layout.dtype)
         alone = stack if take is step.take_step_ else stack.options
         together[take, id(alone), layout.owner.device].append((stack, usable))
-    return [
-        take(*members[0]) if take is step.take_step_ else take(members) for (take, *_), members in together.items()
-    ]
+    return [take(*members[0]) if take is step.take_step_ else take(members) for (take, *_), members in together.items()]
 
 
 def choose_step(options: Options, device: torch.device, dtype: torch.dtype) -> Callable[..., Step]:

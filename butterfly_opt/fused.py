@@ -43,8 +43,8 @@ else:
 MAX_BLOCK = tiles.MAX_BLOCK
 """The largest ``block`` that the kernels take."""
 
-MAX_LIST = 1 << 26
-"""Elements of a list of several stacks: more than fill any GPU; its scratch takes 8 or 12 bytes an element."""
+MAX_LIST = 1 << 25
+"""Elements of a list of several stacks: more than fills a GPU. Its scratch takes 16 bytes an element, secant's 20."""
 
 
 class Member(NamedTuple):
@@ -58,6 +58,7 @@ class Member(NamedTuple):
         parameters: the same.
         gathered: whether torch gathered them, and will write.
         rows: addresses of gradient and parameter of each matrix.
+        even: see ``Part``; of these as well.
         observed: BEFORE if its bases are refitted, WITHIN if their second moments alone change, else None.
     """
 
@@ -68,6 +69,7 @@ class Member(NamedTuple):
     parameters: Sequence[Tensor]
     gathered: bool
     rows: list[tuple[int, int]]
+    even: bool
     observed: int | None
 
 
@@ -120,7 +122,8 @@ def _member(stack: Stack, usable: Tensor) -> Member:
     observed = None
     if stack.rotations and stack.calls > 1:
         observed = tables.BEFORE if stack.refits() else tables.WITHIN
-    return Member(stack, usable, part, gradients, parameters, not plain, rows, observed)
+    even = part.even and all(address % 16 == 0 for row in rows for address in row)
+    return Member(stack, usable, part, gradients, parameters, not plain, rows, even, observed)
 
 
 def _lists(members: Sequence[Member]) -> list[list[Member]]:
@@ -128,15 +131,11 @@ def _lists(members: Sequence[Member]) -> list[list[Member]]:
     alike: dict[Any, list[list[Member]]] = defaultdict(list)
     for own in members:
         axes = ((axis.width, axis.matrices is None) for axis in own.part.axes)
-        lists = alike[own.gathered, own.gradients[0].dtype, own.parameters[0].dtype, _is_even(own), *axes]
-        if not lists or sum(known.part.numel for known in (*lists[-1], own)) > MAX_LIST:
+        lists = alike[own.gathered, own.gradients[0].dtype, own.parameters[0].dtype, own.even, *axes]
+        if not lists or sum(known.stack.averages["exp_avg"].numel() for known in (*lists[-1], own)) > MAX_LIST:
             lists.append([])
         lists[-1].append(own)
     return [members for lists in alike.values() for members in lists]
-
-
-def _is_even(own: Member) -> bool:
-    return own.part.is_even and all(address % 16 == 0 for row in own.rows for address in row)
 
 
 def _step_list_(members: Sequence[Member]) -> None:
@@ -158,9 +157,10 @@ def _step_list_(members: Sequence[Member]) -> None:
     stochastic = options["stochastic_rounding"] and operands.dtypes[1] == torch.bfloat16
     kernels.back_(operands, sums, stochastic=stochastic, write=not gathered)
     changed = [] if gathered else [param for own in members for param in own.parameters]
-    for own, values in zip(members, operands.values[0].split([own.part.numel for own in members]), strict=True):
+    changes = operands.values[0].split([own.stack.averages["exp_avg"].numel() for own in members])
+    for own, change in zip(members, changes, strict=True):
         if gathered:
-            step.write_(own.stack, values.view_as(own.stack.averages["exp_avg"]), own.stack.numbers)
+            step.write_(own.stack, change.view_as(own.stack.averages["exp_avg"]), own.stack.numbers)
         if own.observed:
             # Rotation.dense notices new matrices by their version.
             changed += [x for axis in own.part.axes for x in (axis.matrices, axis.moments) if x is not None]
@@ -186,31 +186,27 @@ def _forth_(operands: tables.Operands, gate: int, *, is_step: bool, observed: in
 
 
 def _operands(members: Sequence[Member]) -> tables.Operands:
-    first, averages = members[0], members[0].stack.averages
-    options, known, new = first.stack.options, _known(members), averages["exp_avg"].new_empty
-    decays, decoupled = _is_on(options["weight_decay"]), options["decoupled_weight_decay"]
-    l2 = 0.0 if decoupled else options["weight_decay"]
-    numbers = _numbers(members, options["weight_decay"] if decays and decoupled else None)
-    made, programs = known.tables, len(known.tables.passes[0][0].programs)
+    first, averages, known = members[0], members[0].stack.averages, _known(members)
+    options, made, new = first.stack.options, known.tables, averages["exp_avg"].new_empty
+    coupled = _is_on(options["weight_decay"]) and not options["decoupled_weight_decay"]
     values = new(3 if "cross" in averages else 2, made.volume)
     observed = any(own.observed for own in members)
     return tables.Operands(
         tables=made,
         addresses=known.addresses,
-        numbers=numbers,
-        constants=_constants(l2, 1 - options["betas"][1], numbers.device),
+        numbers=_numbers(members),
         # What kernels leave out is no change.
         values=values.zero_() if first.gathered else values,
-        flags=new(programs, dtype=torch.int32),
-        sums=new(programs, 2),
+        flags=new(len(made.programs), dtype=torch.int32),
+        sums=new(len(made.programs), 2),
         partials=[
             new(count if observed else 0, axis.width, axis.width)
             for count, axis in zip(made.partials, made.axes, strict=True)
         ],
         dtypes=(first.gradients[0].dtype, first.parameters[0].dtype),
-        even=_is_even(first),
+        even=first.even,
         maximize=options["maximize"] and not first.gathered,
-        decays=decays and not decoupled and not first.gathered,
+        decays=coupled and not first.gathered,
         regression=(diagonal.MIN_STEPS, diagonal.MAX_RIDGE, diagonal.ROUNDING[torch.float32]),
     )
 
@@ -220,19 +216,21 @@ def _is_on(decay: float | Tensor) -> bool:
     return isinstance(decay, Tensor) or decay != 0
 
 
-def _numbers(members: Sequence[Member], decay: float | Tensor | None) -> Tensor:
-    """``numbers`` of a list, see ``tables.NUMBERS``; few operations, however many members."""
+def _numbers(members: Sequence[Member]) -> Tensor:
+    """``numbers`` of a list, see ``tables.NUMBERS``: by few operations, however many members."""
     n = Numbers(*(torch.cat(own).view(-1) for own in zip(*(own.stack.numbers for own in members), strict=True)))
-    usable = torch.cat([own.stack.per_tensor(own.usable) for own in members]).view(-1)
-    weight = step.observation_weight(n)
-    counts = [own.part.shape[0] for own in members]
-    parts = list(zip(members, weight.split(counts), torch.zeros_like(weight).split(counts), strict=True))
-    moments = [
+    usable = torch.cat([own.stack.per_tensor(own.usable) for own in members]).view(-1).to(n.lr.dtype)
+    weight, options = step.observation_weight(n), members[0].stack.options
+    counts, zeros = [own.part.shape[0] for own in members], torch.zeros_like(n.lr)
+    parts = list(zip(members, weight.split(counts), zeros.split(counts), strict=True))
+    observed = (
         torch.cat([own if member.observed == gate else zero for member, own, zero in parts])
         for gate in (tables.BEFORE, tables.WITHIN)
-    ]
-    keep = torch.ones_like(n.lr) if decay is None else 1 - n.lr * decay
-    return torch.stack([*n[:-1], usable.to(n.lr.dtype), keep, n.floor, *moments], dim=1)
+    )
+    decay, decoupled = options["weight_decay"], options["decoupled_weight_decay"]
+    keep = 1 - n.lr * decay if _is_on(decay) and decoupled else zeros + 1
+    constants = zeros + (0.0 if decoupled else decay), zeros + (1 - options["betas"][1])
+    return torch.stack([*n[:-1], usable, keep, n.floor, *observed, *constants], dim=1).float()
 
 
 def _known(members: Sequence[Member]) -> Known:
@@ -248,40 +246,31 @@ def _known(members: Sequence[Member]) -> Known:
     return known
 
 
-def _constants(l2: float | Tensor, newest: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(l2, Tensor) or isinstance(newest, Tensor):
-        return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).view(()) for x in (l2, newest)])
-    return _fixed_constants(l2, newest, device)
-
-
-@lru_cache(maxsize=64)
-def _fixed_constants(l2: float, newest: float, device: torch.device) -> Tensor:
-    # Filled on the device, so that it works while a graph is captured.
-    return torch.stack([torch.full((), number, device=device) for number in (l2, newest)])
-
-
 def _part(stack: Stack) -> tables.Part:
     """A stack as the kernels see it: without a rotated axis, matrices of one row."""
     (count, rows, columns), rotations = stack.averages["exp_avg"].shape, dict(stack.whole_rotations)
     if not rotations:
         rows, columns = 1, rows * columns
     widths = (tiles.width_of(rows), tiles.width_of(columns)) if rotations else (1, tiles.VECTOR_WIDTH)
+    averages = {name: average.view(count, rows, columns) for name, average in stack.averages.items()}
     axes = []
     for dim, length, width in zip((-2, -1), (rows, columns), widths, strict=True):
         if dim not in rotations:
             axes.append(tables.Axis(width, [tiles.Stage(tiles.stage_tiles((), length, 0, width), 0, 0, None)]))
             continue
         rotation = rotations[dim]
-        stages, lead = _stages(rotation.plan, width, stack.active.device), rotation.plan.lead
-        lead = 0 if rotation.plan.is_full else lead
+        stages = _stages(rotation.plan, width, stack.active.device)
+        lead = 0 if rotation.plan.is_full else rotation.plan.lead
         axes.append(tables.Axis(width, stages, lead, rotation.matrices, rotation.moments))
-    size = rows * columns
+    starts, totals = axes[1].stages[0].tiles[:, :2].unbind(1)
+    full = columns % 16 == 0 and bool(((starts % 16 == 0) & (totals == axes[1].width)).all())
     return tables.Part(
         shape=(count, rows, columns),
-        averages={name: average.view(count, rows, columns) for name, average in stack.averages.items()},
+        averages=averages,
         axes=(axes[0], axes[1]),
         streams=[stream for stream in stack.streams for _ in range(stack.shape[0])],
-        positions=[i * size for _ in stack.streams for i in range(stack.shape[0])],
+        positions=[i * rows * columns for _ in stack.streams for i in range(stack.shape[0])],
+        even=full and all(average.data_ptr() % 16 == 0 for average in averages.values()),
     )
 
 
@@ -322,39 +311,32 @@ def step_bytes(
         rotated: the rotated axes.
         itemsize: bytes of a number of parameters and gradients.
     """
-    plans = [(plan, other) for dim, plan, other in (
-        (-2, make_plan(rows, block, lead), columns), (-1, make_plan(columns, block, lead), rows)
-    ) if dim in rotated]  # fmt: skip
-    touched = [sum(run.span for run in plan.stages[1].runs) / plan.n for plan, _ in plans if len(plan.stages) > 1]
-    final = 1.0
-    for share in touched:
-        final *= 1 - share
-    others, secant = 1 - final, diagonal == "secant"
-    values = 3 if secant else 2
-    leaf_matrices = sum(4 * sum(run.numel for run in plan.stages[0].runs) / (rows * columns) for plan, _ in plans)
-    later = sum(8 * sum(run.span for run in stage.runs) / plan.n for plan, _ in plans for stage in plan.stages[1:])
-    later_matrices = sum(4 * sum(r.numel for r in s.runs) / (rows * columns) for p, _ in plans for s in p.stages[1:])
-    if secant:
-        forth = 2 * itemsize + 4 + 8 + 4 + 4 + final * 24 + others * 8
-        rest = others * (32 + 20)
-        back = 2 * itemsize + final * 16 + others * 4
-    else:
-        forth = itemsize + 8 + final * 12 + others * 8
-        rest = others * 20
-        back = 2 * itemsize + 4
-    observed = itemsize + 8.0 if plans else 0.0
-    for plan, _ in plans:
+    axes = [(make_plan(n, block, lead), other) for dim, n, other in ((-2, rows, columns), (-1, columns, rows))
+            if dim in rotated]  # fmt: skip
+    final, later, moments = 1.0, 0.0, 0.0
+    for plan, other in axes:
+        width, each = tiles.width_of(other), tiles.width_of(other)
         for stage in plan.stages:
-            # The last stage reads what enters it; the others turn it as well.
-            passes = 4 if stage is plan.stages[-1] else 8
-            observed += passes * sum(run.span for run in stage.runs) / plan.n
-        observed += 12 * plan.numel / (rows * columns)
+            # Half a moment for each tile of a leaf, and for some chunks of a later stage, is written and read.
+            share = sum(run.span for run in stage.runs) / plan.n
+            moments += 4 * share * (tiles.width_of(plan.n) + 1) / each
+            later += 8 * share if stage is not plan.stages[0] else 0.0
+            each = width * tiles.MAX_CHUNKS
+        moments += 8 * plan.numel / (rows * columns)
+        final *= 1 - sum(run.span for stage in plan.stages[1:2] for run in stage.runs) / plan.n
+    of_leaves = sum(4 * run.numel / (rows * columns) for plan, _ in axes for run in plan.stages[0].runs)
+    of_later = sum(4 * plan.numel / (rows * columns) for plan, _ in axes) - of_leaves
+    others, secant = 1 - final, diagonal == "secant"
+    if secant:
+        forth, rest, back = 2 * itemsize + 20 + final * 24 + others * 8, others * 52, final * 16 + others * 4
+    else:
+        forth, rest, back = itemsize + 8 + final * 12 + others * 8, others * 20, 4
     found = {
-        "observe": observed,
-        "forth": forth + leaf_matrices,
-        "later stages": values * later + later_matrices,
+        "forth": forth + of_leaves,
+        "moments": moments,
+        "later stages": (3 if secant else 2) * later + of_later,
         "rest": rest,
-        "later stages back": later + later_matrices,
-        "back": back + leaf_matrices,
+        "later stages back": later + of_later,
+        "back": 2 * itemsize + back + of_leaves,
     }
     return {**found, "together": sum(found.values())}

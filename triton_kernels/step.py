@@ -15,9 +15,9 @@ forth and those of the way back. ``secant`` needs sums of B and |C| over the ten
 a refit of the same step needs are taken in a pass of their own, which changes nothing else.
 
 Layout. Of a list of matrices of any shapes, see ``tables``. Parameters and gradients lie where ``addresses`` says,
-state where the table of matrices says. Where no axis is rotated, rows and columns are one row. ``numbers`` and
-``constants`` come from device memory, so a captured graph reads their newest values. Where a tensor is not usable, its
-programs return at once. Sums have one order, without atomics.
+state where the table of matrices says. Where no axis is rotated, rows and columns are one row. ``numbers`` come from
+device memory, so a captured graph reads their newest values. Where a tensor is not usable, its programs return at once.
+Sums have one order, without atomics.
 
 Dtypes. Parameters and gradients float32, bfloat16 or float16, of one dtype each; state and arithmetic float32.
 Parameters are rounded once, to nearest even or stochastically (``butterfly_opt.rounding``).
@@ -44,7 +44,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .tables import MATRIX, NUMBERS, USABLE, Operands
+from .tables import MATRIX, NUMBERS, Operands
 from .tiles import _WIDE, PRECISION, block_matrix, coordinates, goes_on, pointer, store_moment
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -94,13 +94,13 @@ def _turn(x, row_matrix, column_matrix, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def _innovation(grad_ptr, param_ptr, constants_ptr, mean, offsets, mask, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr):
+def _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr):
     """``y`` of a tile."""
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if MAXIMIZE:
         grad = -grad
     if DECAY:
-        grad += tl.load(constants_ptr) * tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        grad += tl.load(numbers_ptr + 10) * tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return grad - mean
 
 
@@ -160,7 +160,7 @@ def _direction(m, energy, floor):
 
 
 @triton.jit
-def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, constants_ptr, values_ptr,
+def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
                   flags_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, volume, STEP: tl.constexpr,
                   OBSERVE: tl.constexpr, SECANT: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
                   GRAD: tl.constexpr, PARAM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -177,7 +177,7 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
     mean_ptr = pointer(matrices_ptr, tl.float32, EVEN)
     mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
     grad_ptr = pointer(addresses_ptr + matrix * 2, GRAD, EVEN)
-    y = _innovation(grad_ptr, param_ptr, constants_ptr, mean, offsets, mask, MAXIMIZE, DECAY)
+    y = _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, MAXIMIZE, DECAY)
     if OBSERVE and ROWS:
         store_moment(row_partial_ptr, tl.dot(y, tl.trans(y), input_precision=PRECISION), HEIGHT)
     if OBSERVE and COLUMNS:
@@ -206,7 +206,7 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
             s = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - param_avg
             tl.store(param_avg_ptr + offsets, param_avg + weight * s, mask=mask)
             w = _turn(s, row_matrix, column_matrix, ROWS, COLUMNS)
-            tl.store(values_ptr + 2 * volume + offsets, w, mask=others)
+            tl.store(values_ptr + volume + volume + offsets, w, mask=others)
             _average_pairs(matrices_ptr, offsets, u, w, tl.load(numbers_ptr + 2), final, sums_ptr + program * 2, EVEN,
                            False)  # fmt: skip
         else:
@@ -215,7 +215,7 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
 
 
 @triton.jit
-def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, constants_ptr, values_ptr, partial_ptr, sums_ptr,
+def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, partial_ptr, sums_ptr,
                  volume, AVERAGE: tl.constexpr, DIRECT: tl.constexpr, SECANT: tl.constexpr, MIN_STEPS: tl.constexpr,
                  MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                  EVEN: tl.constexpr):  # fmt: skip
@@ -232,7 +232,7 @@ def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, constants_p
         u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
         energy = _average(square_ptr, offsets, u * u, tl.load(numbers_ptr + 1), mask)
         if SECANT:
-            w = tl.load(values_ptr + 2 * volume + offsets, mask=mask, other=0.0)
+            w = tl.load(values_ptr + volume + volume + offsets, mask=mask, other=0.0)
             partial_ptr += tl.program_id(0).to(tl.int64) * 2
             _average_pairs(matrices_ptr, offsets, u, w, tl.load(numbers_ptr + 2), mask, partial_ptr, EVEN, True)
     else:
@@ -240,7 +240,7 @@ def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, constants_p
     if DIRECT:
         if SECANT:
             energy = _regressed(energy, matrices_ptr, sums_ptr + matrix * 2, offsets, mask, tl.load(numbers_ptr + 3),
-                                tl.load(constants_ptr + 1), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
+                                tl.load(numbers_ptr + 11), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
         values_ptr += volume
         m = tl.load(values_ptr + offsets, mask=mask, other=0.0)
         tl.store(values_ptr + offsets, _direction(m, energy, tl.load(numbers_ptr + 7)), mask=mask)
@@ -288,7 +288,7 @@ def _round(x, matrix_ptr, offsets, step, DTYPE: tl.constexpr, STOCHASTIC: tl.con
 
 
 @triton.jit
-def _back_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, constants_ptr, values_ptr,
+def _back_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
                  flags_ptr, sums_ptr, volume, SECANT: tl.constexpr, WRITE: tl.constexpr, STOCHASTIC: tl.constexpr,
                  PARAM: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
                  HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
@@ -306,7 +306,7 @@ def _back_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_p
     if SECANT:
         energy = tl.load(pointer(matrices_ptr + 1, tl.float32, EVEN) + offsets, mask=final, other=0.0)
         energy = _regressed(energy, matrices_ptr, sums_ptr + matrix * 2, offsets, final, step,
-                            tl.load(constants_ptr + 1), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
+                            tl.load(numbers_ptr + 11), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
         d = tl.where(final, _direction(d, energy, tl.load(numbers_ptr + 7)), d)
     row_matrix = 0.0
     column_matrix = 0.0
@@ -340,11 +340,10 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
     """
     with tiles.on_device(operands.values.device):
         _forth_kernel[_grid(operands)](
-            operands.addresses, *_tables(operands), operands.numbers, operands.constants, operands.values,
-            operands.flags, operands.sums, *operands.partials, gate, operands.tables.volume, STEP=step, OBSERVE=observe,
-            SECANT=operands.secant, MAXIMIZE=operands.maximize, DECAY=operands.decays,
-            GRAD=_dtype(operands, "gradients"), PARAM=_dtype(operands, "parameters"), **_rotated(operands),
-            **_geometry(operands),
+            operands.addresses, *_tables(operands), operands.values, operands.flags, operands.sums, *operands.partials,
+            gate, operands.tables.volume, STEP=step, OBSERVE=observe, SECANT=operands.secant,
+            MAXIMIZE=operands.maximize, DECAY=operands.decays, GRAD=_dtype(operands, "gradients"),
+            PARAM=_dtype(operands, "parameters"), **_rotated(operands), **_geometry(operands),
         )  # fmt: skip
 
 
@@ -366,8 +365,8 @@ def take_rest_(operands: Operands) -> Tensor:
                 _sums_kernel[(len(sums),)](tables.matrices, operands.sums, sums, BLOCK=1024)
             if has_rest:
                 _rest_kernel[_grid(operands)](
-                    *_tables(operands), operands.numbers, operands.constants, operands.values, operands.sums, sums,
-                    tables.volume, AVERAGE=average, DIRECT=direct, **_regression(operands), **_geometry(operands),
+                    *_tables(operands), operands.values, operands.sums, sums, tables.volume, AVERAGE=average,
+                    DIRECT=direct, **_regression(operands), **_geometry(operands),
                 )  # fmt: skip
     return sums
 
@@ -383,18 +382,19 @@ def back_(operands: Operands, sums: Tensor, *, stochastic: bool, write: bool) ->
     """
     with tiles.on_device(operands.values.device):
         _back_kernel[_grid(operands)](
-            operands.addresses, *_tables(operands), operands.numbers, operands.constants, operands.values,
-            operands.flags, sums, operands.tables.volume, WRITE=write, STOCHASTIC=stochastic,
-            PARAM=_dtype(operands, "parameters"), **_regression(operands), **_rotated(operands), **_geometry(operands),
+            operands.addresses, *_tables(operands), operands.values, operands.flags, sums, operands.tables.volume,
+            WRITE=write, STOCHASTIC=stochastic, PARAM=_dtype(operands, "parameters"), **_regression(operands),
+            **_rotated(operands), **_geometry(operands),
         )  # fmt: skip
 
 
 def _grid(operands: Operands) -> tuple[int]:
-    return (len(operands.tables.passes[0][0].programs),)
+    return (len(operands.tables.programs),)
 
 
-def _tables(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    return operands.tables.matrices, operands.tables.tiles, operands.tables.passes[0][0].programs
+def _tables(operands: Operands) -> tuple[Tensor, ...]:
+    tables = operands.tables
+    return tables.matrices, tables.tiles, tables.programs, operands.numbers
 
 
 def _dtype(operands: Operands, name: str) -> Any:

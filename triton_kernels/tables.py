@@ -1,20 +1,21 @@
-"""Tables in device memory that let one launch serve matrices of any shapes.
+"""Tables in device memory, so that one launch serves matrices of any shapes.
 
-A *list* is what one launch works on: *parts*, each some matrices of one shape one behind the other in memory. All parts
-have the dtypes, the rotated axes and the widths of tiles that a kernel is compiled for; everything else stands in
-tables, which are made once for a list:
+A *list* is what one launch works on: *parts*, each some matrices of one shape one behind the other in memory. Its parts
+agree in what a kernel is compiled for: dtypes, widths of tiles, and which axes are rotated. All else stands in tables:
 
-    matrices   int64, a row a matrix, see MATRIX       tiles      int64, a row a tile of an axis, see ``tiles.TILE``
-    programs   int32 ``(programs, 4)``: matrix, tile, first and last tile (or chunk) of the other axis: what a program
-               does. In the passes over the leaves it takes a tile of the rows and a *strip* of tiles of the columns.
-    groups     int32 ``(tiles, 5)`` of a stage: matrix, tile, and where its partial second moments are: the first, the
+    matrices   int64, a row a matrix, see MATRIX
+    tiles      int64, a row a tile of an axis, see ``tiles.TILE``
+    programs   int32, what each program does: matrix and tile, and the tile of the columns (passes over the leaves), or
+               the first and the last chunk of the other axis (later stages)
+    groups     int32, of a stage a row a tile: matrix, tile, and where its partial second moments are: the first, the
                distance from one to the next, their number
 
-Gradients get new addresses in every step: theirs and the parameters' are a table of their own, ``(matrices, 2)``.
+They are made once for a list. Gradients get new addresses in every step: theirs and the parameters' are a table of
+their own, ``(matrices, 2)``.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,16 +29,12 @@ MATRIX = ("exp_avg", "exp_avg_sq", "param_avg", "disp_sq", "cross", "first", "co
 columns, elements, stream of random numbers, position of its first element in the parameter, and its programs in the
 passes over the leaves."""
 
-NUMBERS = ("mean", "square", "pair", "step", "lr", "usable", "keep", "floor", "before", "within")
-"""A row of ``numbers``: those of a stack, whether the gradient is usable, 1 - lr weight_decay, ``step.floor``, and the
-weight of the innovation in the second moments if these are taken before the step, or within it; else 0."""
-
-_TORCH_STEP = "butterfly_opt.step.take_step_"
+NUMBERS = ("mean", "square", "pair", "step", "lr", "usable", "keep", "floor", "before", "within", "l2", "newest")
+"""A row of ``numbers``: those of a stack; whether the gradient is usable; 1 - lr weight_decay; ``step.floor``; the
+weight of the innovation in the second moments if they are taken before the step, or within it, else 0; L2 decay; and
+``1 - beta2``."""
 
 USABLE, BEFORE, WITHIN = (NUMBERS.index(name) for name in ("usable", "before", "within"))
-
-CONSTANTS = ("l2", "newest")
-"""L2 decay and ``1 - beta2``."""
 
 
 class Axis(NamedTuple):
@@ -63,10 +60,11 @@ class Part(NamedTuple):
 
     Attributes:
         shape: ``(count, rows, columns)``.
-        averages: float32, of this shape and contiguous, by name.
+        averages: of this shape, by name.
         axes: rows and columns.
         streams: of random numbers, one a matrix.
         positions: of the first element of each in its parameter.
+        even: every tile of the columns is full, and every row and average aligned: accesses are 16 bytes wide.
     """
 
     shape: tuple[int, int, int]
@@ -74,29 +72,16 @@ class Part(NamedTuple):
     axes: tuple[Axis, Axis]
     streams: Sequence[int]
     positions: Sequence[int]
+    even: bool
 
     @property
-    def numel(self) -> int:
-        """Elements of all."""
-        return self.shape[0] * self.shape[1] * self.shape[2]
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all tiles of the columns are full and all rows aligned, so that accesses are 16 bytes wide."""
-        aligned = all(average.data_ptr() % 16 == 0 for average in self.averages.values())
-        starts, totals = self.axes[1].stages[0].tiles[:, :2].unbind(1)
-        full = bool(((starts % 16 == 0) & (totals == self.axes[1].width)).all())
-        return aligned and self.shape[2] % 16 == 0 and full
+    def size(self) -> int:
+        """Elements of a matrix."""
+        return self.shape[1] * self.shape[2]
 
 
 class Pass(NamedTuple):
-    """A stage of one axis of all matrices of a list.
-
-    Attributes:
-        programs: what turns it; of the leaves the strips.
-        groups: a row a tile.
-        first: the first partial moment of its programs.
-    """
+    """A stage of one axis of all matrices: its tables, and the place of the first partial moment of its programs."""
 
     programs: Tensor
     groups: Tensor
@@ -108,18 +93,18 @@ class Tables(NamedTuple):
 
     Attributes:
         parts: what they were made of.
-        matrices: see the module.
-        tiles: see the module.
+        matrices: see the module; so ``tiles``, and ``programs``, those of the passes over the leaves.
         passes: the stages of the rows and those of the columns; the leaves alone where an axis is not rotated.
-        groups: of rows and columns, those of all stages one after the other.
-        partials: partial second moments of rows and columns.
-        changes: numbers that a refit keeps for the next stage.
+        groups: of rows and columns, those of all stages.
+        partials: how many partial moments rows and columns have.
+        changes: numbers that a refit hands on from stage to stage.
         volume: elements of all matrices.
     """
 
     parts: Sequence[Part]
     matrices: Tensor
     tiles: Tensor
+    programs: Tensor
     passes: list[list[Pass]]
     groups: list[Tensor]
     partials: list[int]
@@ -128,7 +113,7 @@ class Tables(NamedTuple):
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
-        """Those of the first part: in widths and ``lead``, and whether they are rotated, all agree."""
+        """Those of the first part, for what all have in common."""
         return self.parts[0].axes
 
     @property
@@ -143,14 +128,12 @@ class Operands(NamedTuple):
     Attributes:
         tables: of the list.
         addresses: int64 ``(matrices, 2)``, of gradients and parameters.
-        numbers: float32 ``(matrices, 10)``, see NUMBERS.
-        constants: float32 ``(2,)``, see CONSTANTS.
+        numbers: float32 ``(matrices, 12)``, see NUMBERS.
         values: float32 ``(2 or 3, volume)``, scratch: u and m, and with secant w; d takes the place of m.
-        flags: int32, one a tile of a strip, scratch.
-        sums: float32 ``(programs, 2)``, scratch.
+        flags: int32, one a program over the leaves, scratch; so ``sums``, float32 ``(programs, 2)``.
         partials: of rows and columns, scratch ``(partials, width, width)``.
         dtypes: of gradients and parameters.
-        even: every access may be 16 bytes wide.
+        even: every access is 16 bytes wide.
         maximize: gradients count with the opposite sign.
         decays: L2 decay is added to them.
         regression: ``MIN_STEPS``, ``MAX_RIDGE`` and ``ROUNDING`` of ``butterfly_opt.diagonal``.
@@ -159,7 +142,6 @@ class Operands(NamedTuple):
     tables: Tables
     addresses: Tensor
     numbers: Tensor
-    constants: Tensor
     values: Tensor
     flags: Tensor
     sums: Tensor
@@ -177,51 +159,47 @@ class Operands(NamedTuple):
 
 
 def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
-    """The tables of a list of parts. Cost: some 60 small operations a part, on the host, once.
+    """The tables of a list. Cost: some 60 small operations a part on the host, once.
 
     Raises:
         TypeError: if an average is not float32.
-        ValueError: if an average is not contiguous or elsewhere, or no kernel can run on the device.
+        ValueError: if one is not contiguous, or no kernel can run on the device.
     """
     for part in parts:
-        tiles.check(_TORCH_STEP, device, **{name: (x, part.shape) for name, x in part.averages.items()})
+        tiles.check(device, part.averages)
     tile_rows, numbers, changes = _tile_rows(parts)
     counts = [part.shape[0] for part in parts]
     matrices = torch.arange(sum(counts)).split(counts)
-    programs = torch.tensor([own[0][0].shape[1] * own[1][0].shape[1] for own in numbers]).repeat_interleave(
-        torch.tensor(counts)
-    )
-    starts = programs.cumsum(0) - programs
+    spans = torch.tensor([rows[0].shape[1] * columns[0].shape[1] for rows, columns in numbers])
+    spans = spans.repeat_interleave(torch.tensor(counts))
+    starts = spans.cumsum(0) - spans
     leaves: list[list[Tensor]] = [[], [], []]
     for matrix, ((row, *_), (column, *_)) in zip(matrices, numbers, strict=True):
-        first, height, width = starts[matrix][:, None], row.shape[1], column.shape[1]
-        matrix = matrix[:, None]
-        leaves[0].append(_table(matrix[..., None], row[..., None], column[:, None]))
-        leaves[1].append(_table(matrix, row, first + torch.arange(height) * width, 1, width))
-        leaves[2].append(_table(matrix, column, first + torch.arange(width), width, height))
-    partials = [int(programs.sum())] * 2
-    tile_programs, *groups = (torch.cat(tables) for tables in leaves)
-    passes = [[Pass(tile_programs, groups[0], 0)], [Pass(tile_programs[:0], groups[1], 0)]]
-    for axis, stages in enumerate(passes):
-        width = parts[0].axes[1 - axis].width
+        own, first, height, width = matrix[:, None], starts[matrix][:, None], row.shape[1], column.shape[1]
+        leaves[0].append(_table(own[..., None], row[..., None], column[:, None]))
+        leaves[1].append(_table(own, row, first + torch.arange(height) * width, 1, width))
+        leaves[2].append(_table(own, column, first + torch.arange(width), width, height))
+    programs, *of_leaves = (torch.cat(tables) for tables in leaves)
+    passes, groups, partials = [], [], []
+    for axis in (0, 1):
+        stages, first = [Pass(programs, of_leaves[axis], 0)], len(programs)
         for stage in range(1, max(len(own[axis]) for own in numbers)):
             members = [
-                (matrix, own[axis][stage], -(-part.shape[2 - axis] // width))
+                (matrix, own[axis][stage], -(-part.shape[2 - axis] // part.axes[1 - axis].width))
                 for part, matrix, own in zip(parts, matrices, numbers, strict=True)
                 if stage < len(own[axis])
             ]
-            each = tiles.share(sum(tile.numel() * chunks for _, tile, chunks in members))
-            stages.append(_joined([_shared_out(*member, each) for member in members], partials[axis]))
-            partials[axis] += len(stages[-1].programs)
-    groups = [tiles.on_gpu(torch.cat([own.groups for own in stages]), device) for stages in passes]
-    for stages, together in zip(passes, groups, strict=True):
-        cut = together.split([len(own.groups) for own in stages])
-        stages[:] = [
-            Pass(tiles.on_gpu(own.programs, device), part, own.first) for own, part in zip(stages, cut, strict=True)
-        ]
-    rows = tiles.on_gpu(_matrix_rows(parts, starts, programs), device)
-    volume = sum(part.numel for part in parts)
-    return Tables(parts, rows, tiles.on_gpu(tile_rows, device), passes, groups, partials, changes, volume)
+            stages.append(_later_pass(members, first))
+            first += len(stages[-1].programs)
+        groups.append(tiles.to_device(torch.cat([own.groups for own in stages]), device))
+        cut = groups[-1].split([len(own.groups) for own in stages])
+        passes.append([
+            Pass(tiles.to_device(own.programs, device), part, own.first) for own, part in zip(stages, cut, strict=True)
+        ])  # fmt: skip
+        partials.append(first)
+    rows, tile_rows = (tiles.to_device(x, device) for x in (_matrix_rows(parts, starts, spans), tile_rows))
+    volume = sum(part.shape[0] * part.size for part in parts)
+    return Tables(parts, rows, tile_rows, passes[0][0].programs, passes, groups, partials, changes, volume)
 
 
 def _table(*columns: Tensor | int) -> Tensor:
@@ -229,41 +207,28 @@ def _table(*columns: Tensor | int) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, columns)), dim=-1).flatten(0, -2).int()
 
 
-def _shared_out(matrix: Tensor, tile: Tensor, chunks: int, each: int) -> tuple[Tensor, Tensor]:
-    """Programs and groups of a later stage of one part, its partial moments counted from 0.
-
-    Args:
-        matrix: ``(count,)``, the numbers of its matrices.
-        tile: ``(count, tiles)``, those of its tiles.
-        chunks: of the other axis.
-        each: how many a program takes.
-    """
-    starts = torch.arange(0, chunks, each)
-    programs = _table(matrix.view(-1, 1, 1), tile[..., None], starts, (starts + each).clamp_max(chunks))
-    places = torch.arange(tile.numel()).view(tile.shape) * len(starts)
-    return programs, _table(matrix[:, None], tile, places, 1, len(starts))
+def _later_pass(members: Sequence[tuple[Tensor, Tensor, int]], first: int) -> Pass:
+    """A later stage of all parts: numbers of its matrices ``(count,)``, of its tiles ``(count, tiles)``, and chunks."""
+    each = tiles.share(sum(tile.numel() * chunks for _, tile, chunks in members))
+    programs, groups, place = [], [], first
+    for matrix, tile, chunks in members:
+        starts = torch.arange(0, chunks, each)
+        programs.append(_table(matrix[:, None, None], tile[..., None], starts, (starts + each).clamp_max(chunks)))
+        places = place + torch.arange(tile.numel()).view(tile.shape) * len(starts)
+        groups.append(_table(matrix[:, None], tile, places, 1, len(starts)))
+        place += len(programs[-1])
+    return Pass(torch.cat(programs), torch.cat(groups), first)
 
 
-def _joined(found: Sequence[tuple[Tensor, Tensor]], first: int) -> Pass:
-    """A stage of all parts, whose partial moments begin at ``first``."""
-    place = first
-    for programs, groups in found:
-        groups[:, 2] += place
-        place += len(programs)
-    return Pass(*(torch.cat(tables) for tables in zip(*found, strict=True)), first)
-
-
-def _matrix_rows(parts: Sequence[Part], starts: Tensor, programs: Tensor) -> Tensor:
-    sizes = torch.tensor([part.shape[1] * part.shape[2] for part in parts for _ in range(part.shape[0])])
-    rows = []
+def _matrix_rows(parts: Sequence[Part], starts: Tensor, spans: Tensor) -> Tensor:
+    rows: list[list[int]] = []
+    first = 0
     for part in parts:
-        size = part.shape[1] * part.shape[2]
         addresses = [part.averages[name].data_ptr() if name in part.averages else 0 for name in MATRIX[:5]]
-        for i, (stream, position) in enumerate(zip(part.streams, part.positions, strict=True)):
-            rows.append([*(x + 4 * i * size for x in addresses), 0, part.shape[2], size, stream, position, 0, 0])
-    table = torch.tensor(rows)
-    table[:, 5], table[:, 10], table[:, 11] = sizes.cumsum(0) - sizes, starts, programs
-    return table
+        for i, own in enumerate(zip(part.streams, part.positions, strict=True)):
+            rows.append([*(x + 4 * i * part.size for x in addresses), first, part.shape[2], part.size, *own])
+            first += part.size
+    return torch.cat([torch.tensor(rows), starts[:, None], spans[:, None]], dim=1)
 
 
 def _tile_rows(parts: Sequence[Part]) -> tuple[Tensor, list[list[list[Tensor]]], int]:
@@ -278,16 +243,16 @@ def _tile_rows(parts: Sequence[Part]) -> tuple[Tensor, list[list[list[Tensor]]],
             below: Tensor | int = 0
             for stage in axis.stages:
                 start, length, offset, size, group = stage.tiles.unbind(1)
-                addresses = [
-                    0 if x is None else torch.where(offset < 0, 0, x.data_ptr() + 4 * (own * x.shape[1] + offset))
+                matrix, moment = (
+                    torch.tensor(0) if x is None
+                    else torch.where(offset < 0, 0, x.data_ptr() + 4 * (own * x.shape[1] + offset))
                     for x in (axis.matrices, axis.moments)
-                ]
-                first = changes + own * stage.groups * axis.lead**2
-                index = 0 if stage.index is None else stage.index.data_ptr()
-                fields = (start, length, *addresses, size, stage.lead, first + group * axis.lead**2,
-                          below + start * axis.lead, index)  # fmt: skip
-                fields = torch.broadcast_tensors(own * 0 + start * 0, *map(torch.as_tensor, fields))[1:]
-                rows.append(torch.stack(fields, dim=-1).flatten(0, 1))
+                )  # fmt: skip
+                change = changes + own * stage.groups * axis.lead**2
+                index = torch.tensor(0 if stage.index is None else stage.index.data_ptr())
+                columns = (start, length, matrix, moment, size, torch.tensor(stage.lead), change + group * axis.lead**2,
+                           below + start * axis.lead, index)  # fmt: skip
+                rows.append(torch.stack([x.expand(len(own), len(start)) for x in columns], dim=-1).flatten(0, 1))
                 known.append(total + torch.arange(len(rows[-1])).view(len(own), -1))
-                total, changes, below = total + len(rows[-1]), changes + len(own) * stage.groups * axis.lead**2, first
+                total, changes, below = total + len(rows[-1]), changes + len(own) * stage.groups * axis.lead**2, change
     return torch.cat(rows), numbers, changes

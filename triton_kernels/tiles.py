@@ -109,7 +109,7 @@ def share(work: int) -> int:
     return max(1, min(MAX_CHUNKS, work // MANY_PROGRAMS))
 
 
-def on_gpu(rows: Tensor, device: torch.device) -> Tensor:
+def to_device(rows: Tensor, device: torch.device) -> Tensor:
     """Rows of the host on a device, without waiting for it.
 
     Raises:
@@ -123,12 +123,12 @@ def on_gpu(rows: Tensor, device: torch.device) -> Tensor:
 
 
 def address_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """The rows on the device, without waiting for it; raises as ``on_gpu``."""
+    """The rows on the device, without waiting for it; raises as ``to_device``."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A captured copy would read the host's memory again at each replay: numbers of a launch stay what they are.
         numbers = [torch.full((), number, dtype=torch.int64, device=device) for row in rows for number in row]
         return torch.stack(numbers).view(len(rows), -1)
-    return on_gpu(torch.tensor(rows), device)
+    return to_device(torch.tensor(rows), device)
 
 
 def can_launch_on(device: torch.device) -> bool:
@@ -136,23 +136,20 @@ def can_launch_on(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def check(function: str, device: torch.device, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Checks named float32 tensors against the shapes they need; ``function`` is the torch equivalent to name.
+def check(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Checks that kernels can run on the device, and on what lies there.
 
     Raises:
-        TypeError: if one is not float32.
-        ValueError: if a shape, a device or the contiguity is wrong, or kernels cannot run there.
+        TypeError: if the state is not float32.
+        ValueError: if it is not contiguous, or kernels cannot run there.
     """
     if not can_launch_on(device):
-        raise ValueError(f"the kernels need a CUDA device, got {device}; use {function}")
-    for name, (tensor, shape) in tensors.items():
+        raise ValueError(f"the kernels need a CUDA device, got {device}; use backend='torch'")
+    for name, tensor in state.items():
         if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} must be torch.float32, got {tensor.dtype}; use {function}")
-        if tensor.shape != shape or tensor.device != device or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous of shape {shape} on {device}, got shape {tuple(tensor.shape)} with strides "
-                f"{tensor.stride()} on {tensor.device}; use {function}"
-            )
+            raise TypeError(f"{name} must be torch.float32, got {tensor.dtype}; use backend='torch'")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; use backend='torch'")
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

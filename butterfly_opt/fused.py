@@ -30,7 +30,7 @@ from torch import Tensor
 
 from butterfly_opt import diagonal, step
 from butterfly_opt.plan import Plan, make_plan
-from butterfly_opt.rotation import SHIFT
+from butterfly_opt.rotation import SHIFT, Rotation
 from butterfly_opt.stack import Numbers, Stack
 
 if TYPE_CHECKING:  # under its name in the repository, where the type checker finds it
@@ -130,8 +130,8 @@ def _lists(members: Sequence[Member]) -> list[list[Member]]:
     """Members that one launch can serve: alike in what kernels are compiled for, of at most MAX_LIST elements."""
     alike: dict[Any, list[list[Member]]] = defaultdict(list)
     for own in members:
-        axes = ((axis.width, axis.matrices is None) for axis in own.part.axes)
-        lists = alike[own.gathered, own.gradients[0].dtype, own.parameters[0].dtype, own.even, *axes]
+        axes = tuple((axis.width, axis.matrices is None) for axis in own.part.axes)
+        lists = alike[own.gathered, own.gradients[0].dtype, own.parameters[0].dtype, own.even, axes]
         if not lists or sum(known.stack.averages["exp_avg"].numel() for known in (*lists[-1], own)) > MAX_LIST:
             lists.append([])
         lists[-1].append(own)
@@ -249,29 +249,28 @@ def _known(members: Sequence[Member]) -> Known:
 def _part(stack: Stack) -> tables.Part:
     """A stack as the kernels see it: without a rotated axis, matrices of one row."""
     (count, rows, columns), rotations = stack.averages["exp_avg"].shape, dict(stack.whole_rotations)
+    device, widths = stack.active.device, [tiles.width_of(rows), tiles.width_of(columns)]
     if not rotations:
-        rows, columns = 1, rows * columns
-    widths = (tiles.width_of(rows), tiles.width_of(columns)) if rotations else (1, tiles.VECTOR_WIDTH)
+        rows, columns, widths = 1, rows * columns, [1, tiles.VECTOR_WIDTH]
+    axes = _axis(rows, widths[0], rotations.get(-2), device), _axis(columns, widths[1], rotations.get(-1), device)
     averages = {name: average.view(count, rows, columns) for name, average in stack.averages.items()}
-    axes = []
-    for dim, length, width in zip((-2, -1), (rows, columns), widths, strict=True):
-        if dim not in rotations:
-            axes.append(tables.Axis(width, [tiles.Stage(tiles.stage_tiles((), length, 0, width), 0, 0, None)]))
-            continue
-        rotation = rotations[dim]
-        stages = _stages(rotation.plan, width, stack.active.device)
-        lead = 0 if rotation.plan.is_full else rotation.plan.lead
-        axes.append(tables.Axis(width, stages, lead, rotation.matrices, rotation.moments))
     starts, totals = axes[1].stages[0].tiles[:, :2].unbind(1)
     full = columns % 16 == 0 and bool(((starts % 16 == 0) & (totals == axes[1].width)).all())
     return tables.Part(
         shape=(count, rows, columns),
         averages=averages,
-        axes=(axes[0], axes[1]),
+        axes=axes,
         streams=[stream for stream in stack.streams for _ in range(stack.shape[0])],
         positions=[i * rows * columns for _ in stack.streams for i in range(stack.shape[0])],
         even=full and all(average.data_ptr() % 16 == 0 for average in averages.values()),
     )
+
+
+def _axis(length: int, width: int, rotation: Rotation | None, device: torch.device) -> tables.Axis:
+    if rotation is None:
+        return tables.Axis(width, [tiles.Stage(tiles.stage_tiles((), length, 0, width), 0, 0, None)])
+    lead = 0 if rotation.plan.is_full else rotation.plan.lead
+    return tables.Axis(width, _stages(rotation.plan, width, device), lead, rotation.matrices, rotation.moments)
 
 
 @lru_cache(maxsize=1024)

@@ -10,8 +10,8 @@ The factor is made by Householder reflections, as LAPACK's: accurate whatever th
 by its largest entry, which changes R alone, so that no square over- or underflows. Reflections of a block-diagonal
 matrix stay within its blocks, exactly: small groups share a program.
 
-Layout. Matrices and moments lie where the table of tiles says; changes are scratch, ``(lead, lead)`` a group. All groups
-of a stage of a list are one launch; stages follow one another.
+Layout. Matrices and moments lie where the table of tiles says; changes are scratch, ``(lead, lead)`` a group. All
+groups of a stage of a list are one launch; stages follow one another.
 
 Dtypes. float32; products in full float32. Nothing is read on the host, and nothing depends on the run.
 

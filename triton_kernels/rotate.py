@@ -66,16 +66,11 @@ def _stage_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
             offsets = own[:, None] * columns + other[None, :]
             mask = exists[:, None] & (other < others)[None, :]
         x = tl.load(base_ptr + offsets, mask=mask, other=0.0)
-        if OBSERVE:
-            if step % values == 0:
-                if COLUMNS:
-                    moment += tl.dot(tl.trans(x), x, input_precision=PRECISION)
-                else:
-                    moment += tl.dot(x, tl.trans(x), input_precision=PRECISION)
-        if COLUMNS:
-            x = tl.dot(x, turn, input_precision=PRECISION)
-        else:
-            x = tl.dot(turn, x, input_precision=PRECISION)
+        if OBSERVE and step % values == 0:
+            left, right = (tl.trans(x), x) if COLUMNS else (x, tl.trans(x))
+            moment += tl.dot(left, right, input_precision=PRECISION)
+        left, right = (x, turn) if COLUMNS else (turn, x)
+        x = tl.dot(left, right, input_precision=PRECISION)
         tl.store(base_ptr + offsets, x, mask=mask)
     if OBSERVE:
         store_moment(partial_ptr, moment, WIDTH)

@@ -180,23 +180,25 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
         leaves[1].append(_table(own, row, first + torch.arange(height) * width, 1, width))
         leaves[2].append(_table(own, column, first + torch.arange(width), width, height))
     programs, *of_leaves = (torch.cat(tables) for tables in leaves)
-    passes, groups, partials = [], [], []
+    passes: list[list[Pass]] = []
+    groups: list[Tensor] = []
+    partials: list[int] = []
     for axis in (0, 1):
-        stages, first = [Pass(programs, of_leaves[axis], 0)], len(programs)
+        stages, place = [Pass(programs, of_leaves[axis], 0)], len(programs)
         for stage in range(1, max(len(own[axis]) for own in numbers)):
             members = [
                 (matrix, own[axis][stage], -(-part.shape[2 - axis] // part.axes[1 - axis].width))
                 for part, matrix, own in zip(parts, matrices, numbers, strict=True)
                 if stage < len(own[axis])
             ]
-            stages.append(_later_pass(members, first))
-            first += len(stages[-1].programs)
+            stages.append(_later_pass(members, place))
+            place += len(stages[-1].programs)
         groups.append(tiles.to_device(torch.cat([own.groups for own in stages]), device))
         cut = groups[-1].split([len(own.groups) for own in stages])
         passes.append([
             Pass(tiles.to_device(own.programs, device), part, own.first) for own, part in zip(stages, cut, strict=True)
         ])  # fmt: skip
-        partials.append(first)
+        partials.append(place)
     rows, tile_rows = (tiles.to_device(x, device) for x in (_matrix_rows(parts, starts, spans), tile_rows))
     volume = sum(part.shape[0] * part.size for part in parts)
     return Tables(parts, rows, tile_rows, passes[0][0].programs, passes, groups, partials, changes, volume)
@@ -249,7 +251,7 @@ def _tile_rows(parts: Sequence[Part]) -> tuple[Tensor, list[list[list[Tensor]]],
                     for x in (axis.matrices, axis.moments)
                 )  # fmt: skip
                 change = changes + own * stage.groups * axis.lead**2
-                index = torch.tensor(0 if stage.index is None else stage.index.data_ptr())
+                index = torch.tensor(0 if stage.coordinates is None else stage.coordinates.data_ptr())
                 columns = (start, length, matrix, moment, size, torch.tensor(stage.lead), change + group * axis.lead**2,
                            below + start * axis.lead, index)  # fmt: skip
                 rows.append(torch.stack([x.expand(len(own), len(start)) for x in columns], dim=-1).flatten(0, 1))

@@ -58,13 +58,13 @@ class Stage(NamedTuple):
             group, number of the first group.
         groups: their number.
         lead: outputs of a group that a later stage turns again: 0, a number, or ALL.
-        index: int64 on the device, the coordinates of the groups one after the other; None for ``0, 1, ...``.
+        coordinates: int64 on the device, those of the groups one after the other; None for ``0, 1, ...``.
     """
 
     tiles: Tensor
     groups: int
     lead: int
-    index: Tensor | None
+    coordinates: Tensor | None
 
 
 @functools.lru_cache(maxsize=4096)

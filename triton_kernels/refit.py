@@ -58,7 +58,7 @@ def _orthogonal_factor(a, total, WIDTH: tl.constexpr):
     return q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups_ptr", "lead"])
 def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, gate, lead, shift, WIDTH: tl.constexpr,
                   TRANSPORT: tl.constexpr, CHANGE: tl.constexpr):  # fmt: skip
     """One tile."""

@@ -188,7 +188,8 @@ def _forth_(operands: tables.Operands, gate: int, *, is_step: bool, observed: in
 def _operands(members: Sequence[Member]) -> tables.Operands:
     first, averages, known = members[0], members[0].stack.averages, _known(members)
     options, made, new = first.stack.options, known.tables, averages["exp_avg"].new_empty
-    coupled = _is_on(options["weight_decay"]) and not options["decoupled_weight_decay"]
+    # A tensor on a GPU is not asked whether it is 0.
+    decays = isinstance(options["weight_decay"], Tensor) or options["weight_decay"] != 0
     values = new(3 if "cross" in averages else 2, made.volume)
     observed = any(own.observed for own in members)
     return tables.Operands(
@@ -206,14 +207,9 @@ def _operands(members: Sequence[Member]) -> tables.Operands:
         dtypes=(first.gradients[0].dtype, first.parameters[0].dtype),
         even=first.even,
         maximize=options["maximize"] and not first.gathered,
-        decays=coupled and not first.gathered,
+        decays=decays and not options["decoupled_weight_decay"] and not first.gathered,
         regression=(diagonal.MIN_STEPS, diagonal.MAX_RIDGE, diagonal.ROUNDING[torch.float32]),
     )
-
-
-def _is_on(decay: float | Tensor) -> bool:
-    """Whether there is a decay; a tensor on a GPU is not asked."""
-    return isinstance(decay, Tensor) or decay != 0
 
 
 def _numbers(members: Sequence[Member]) -> Tensor:
@@ -228,9 +224,9 @@ def _numbers(members: Sequence[Member]) -> Tensor:
         for gate in (tables.BEFORE, tables.WITHIN)
     )
     decay, decoupled = options["weight_decay"], options["decoupled_weight_decay"]
-    keep = 1 - n.lr * decay if _is_on(decay) and decoupled else zeros + 1
-    constants = zeros + (0.0 if decoupled else decay), zeros + (1 - options["betas"][1])
-    return torch.stack([*n[:-1], usable, keep, n.floor, *observed, *constants], dim=1).float()
+    keep, l2 = 1 - n.lr * (decay if decoupled else 0.0), zeros + (0.0 if decoupled else decay)
+    newest = zeros + (1 - options["betas"][1])
+    return torch.stack([*n[:-1], usable, keep, n.floor, *observed, l2, newest], dim=1).float()
 
 
 def _known(members: Sequence[Member]) -> Known:

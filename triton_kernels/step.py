@@ -58,30 +58,35 @@ _LEAST_TAU2 = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.75)
 
 
 @triton.jit
-def _find_tile(programs_ptr, matrices_ptr, tiles_ptr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Matrix and tiles of this program; where its elements lie in the matrix, which exist, and which are final."""
+def _find_tile(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+               EVEN: tl.constexpr):  # fmt: skip
+    """Matrix, rows of tables, scratch and tiles of a program; where its elements lie, which exist, which are final."""
     programs_ptr += tl.program_id(0) * 3
     matrix = tl.load(programs_ptr).to(tl.int64)
+    matrices_ptr += matrix * _M
+    first = tl.load(matrices_ptr + 5)
+    columns = tl.load(matrices_ptr + 6)
+    if EVEN:
+        first = tl.multiple_of(first, 16)
+        columns = tl.multiple_of(columns, 16)
     row_ptr = tiles_ptr + tl.load(programs_ptr + 1) * _WIDE
     column_ptr = tiles_ptr + tl.load(programs_ptr + 2) * _WIDE
-    columns = tl.load(matrices_ptr + matrix * _M + 6)
-    if EVEN:
-        columns = tl.multiple_of(columns, 16)
     own_rows, in_rows = coordinates(row_ptr, HEIGHT, False)
     own_columns, in_columns = coordinates(column_ptr, WIDTH, EVEN)
     offsets = own_rows[:, None] * columns + own_columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
-    final = (goes_on(row_ptr, HEIGHT)[:, None] | goes_on(column_ptr, WIDTH)[None, :]) == 0
-    return matrix, row_ptr, column_ptr, offsets, mask, final & mask
-
-
-@triton.jit
-def _find_values(values_ptr, matrix_ptr, EVEN: tl.constexpr):
-    """The part of a matrix in the scratch."""
-    first = tl.load(matrix_ptr + 5)
-    if EVEN:
-        first = tl.multiple_of(first, 16)
-    return values_ptr + first
+    final = mask & ((goes_on(row_ptr, HEIGHT)[:, None] | goes_on(column_ptr, WIDTH)[None, :]) == 0)
+    return (
+        matrix,
+        matrices_ptr,
+        numbers_ptr + matrix * _N,
+        values_ptr + first,
+        row_ptr,
+        column_ptr,
+        offsets,
+        mask,
+        final,
+    )
 
 
 @triton.jit
@@ -165,16 +170,14 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
                   OBSERVE: tl.constexpr, SECANT: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
                   GRAD: tl.constexpr, PARAM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                   EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    matrix, row_ptr, column_ptr, offsets, mask, final = _find_tile(
-        programs_ptr, matrices_ptr, tiles_ptr, HEIGHT, WIDTH, EVEN
+    matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, final = _find_tile(
+        matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
     )
-    numbers_ptr += matrix * _N
     if tl.load(numbers_ptr + gate) == 0:
         return
     program = tl.program_id(0).to(tl.int64)
-    matrices_ptr += matrix * _M
     param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, EVEN)
-    mean_ptr = pointer(matrices_ptr, tl.float32, EVEN)
+    mean_ptr = pointer(matrix_ptr, tl.float32, EVEN)
     mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
     grad_ptr = pointer(addresses_ptr + matrix * 2, GRAD, EVEN)
     y = _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, MAXIMIZE, DECAY)
@@ -188,7 +191,6 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
         row_matrix = tl.trans(block_matrix(row_ptr, HEIGHT))
     if COLUMNS:
         column_matrix = block_matrix(column_ptr, WIDTH)
-    values_ptr = _find_values(values_ptr, matrices_ptr, EVEN)
     others = (final == 0) & mask
     u = _turn(y, row_matrix, column_matrix, ROWS, COLUMNS)
     tl.store(values_ptr + offsets, u, mask=others)
@@ -198,16 +200,16 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
         tl.store(mean_ptr + offsets, mean, mask=mask)
         tl.store(flags_ptr + program, tl.max(tl.max(tl.where(mask & (mean == 0), 1, 0), axis=1), axis=0))
         m = _turn(mean + weight * (1.0 - weight) * y, row_matrix, column_matrix, ROWS, COLUMNS)
-        square_ptr = pointer(matrices_ptr + 1, tl.float32, EVEN)
+        square_ptr = pointer(matrix_ptr + 1, tl.float32, EVEN)
         energy = _average(square_ptr, offsets, u * u, tl.load(numbers_ptr + 1), final)
         if SECANT:
-            param_avg_ptr = pointer(matrices_ptr + 2, tl.float32, EVEN)
+            param_avg_ptr = pointer(matrix_ptr + 2, tl.float32, EVEN)
             param_avg = tl.load(param_avg_ptr + offsets, mask=mask, other=0.0)
             s = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - param_avg
             tl.store(param_avg_ptr + offsets, param_avg + weight * s, mask=mask)
             w = _turn(s, row_matrix, column_matrix, ROWS, COLUMNS)
             tl.store(values_ptr + volume + volume + offsets, w, mask=others)
-            _average_pairs(matrices_ptr, offsets, u, w, tl.load(numbers_ptr + 2), final, sums_ptr + program * 2, EVEN,
+            _average_pairs(matrix_ptr, offsets, u, w, tl.load(numbers_ptr + 2), final, sums_ptr + program * 2, EVEN,
                            False)  # fmt: skip
         else:
             m = tl.where(final, _direction(m, energy, tl.load(numbers_ptr + 7)), m)
@@ -218,28 +220,27 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
 def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, partial_ptr, sums_ptr,
                  volume, AVERAGE: tl.constexpr, DIRECT: tl.constexpr, SECANT: tl.constexpr, MIN_STEPS: tl.constexpr,
                  MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-                 EVEN: tl.constexpr):  # fmt: skip
+                 EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Averages and direction of the coordinates that later stages turn."""
-    matrix, _, _, offsets, mask, final = _find_tile(programs_ptr, matrices_ptr, tiles_ptr, HEIGHT, WIDTH, EVEN)
-    numbers_ptr += matrix * _N
+    matrix, matrix_ptr, numbers_ptr, values_ptr, _, _, offsets, mask, final = _find_tile(
+        matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
+    )
     if tl.load(numbers_ptr + 5) == 0:
         return
     mask = mask & (final == 0)
-    matrices_ptr += matrix * _M
-    values_ptr = _find_values(values_ptr, matrices_ptr, EVEN)
-    square_ptr = pointer(matrices_ptr + 1, tl.float32, EVEN)
+    square_ptr = pointer(matrix_ptr + 1, tl.float32, EVEN)
     if AVERAGE:
         u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
         energy = _average(square_ptr, offsets, u * u, tl.load(numbers_ptr + 1), mask)
         if SECANT:
             w = tl.load(values_ptr + volume + volume + offsets, mask=mask, other=0.0)
             partial_ptr += tl.program_id(0).to(tl.int64) * 2
-            _average_pairs(matrices_ptr, offsets, u, w, tl.load(numbers_ptr + 2), mask, partial_ptr, EVEN, True)
+            _average_pairs(matrix_ptr, offsets, u, w, tl.load(numbers_ptr + 2), mask, partial_ptr, EVEN, True)
     else:
         energy = tl.load(square_ptr + offsets, mask=mask, other=0.0)
     if DIRECT:
         if SECANT:
-            energy = _regressed(energy, matrices_ptr, sums_ptr + matrix * 2, offsets, mask, tl.load(numbers_ptr + 3),
+            energy = _regressed(energy, matrix_ptr, sums_ptr + matrix * 2, offsets, mask, tl.load(numbers_ptr + 3),
                                 tl.load(numbers_ptr + 11), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
         values_ptr += volume
         m = tl.load(values_ptr + offsets, mask=mask, other=0.0)
@@ -293,19 +294,16 @@ def _back_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_p
                  PARAM: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
                  HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
                  COLUMNS: tl.constexpr):  # fmt: skip
-    matrix, row_ptr, column_ptr, offsets, mask, final = _find_tile(
-        programs_ptr, matrices_ptr, tiles_ptr, HEIGHT, WIDTH, EVEN
+    matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, final = _find_tile(
+        matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
     )
-    numbers_ptr += matrix * _N
     if tl.load(numbers_ptr + 5) == 0:
         return
-    matrices_ptr += matrix * _M
-    values_ptr = _find_values(values_ptr, matrices_ptr, EVEN)
     d = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
     step = tl.load(numbers_ptr + 3)
     if SECANT:
-        energy = tl.load(pointer(matrices_ptr + 1, tl.float32, EVEN) + offsets, mask=final, other=0.0)
-        energy = _regressed(energy, matrices_ptr, sums_ptr + matrix * 2, offsets, final, step,
+        energy = tl.load(pointer(matrix_ptr + 1, tl.float32, EVEN) + offsets, mask=final, other=0.0)
+        energy = _regressed(energy, matrix_ptr, sums_ptr + matrix * 2, offsets, final, step,
                             tl.load(numbers_ptr + 11), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
         d = tl.where(final, _direction(d, energy, tl.load(numbers_ptr + 7)), d)
     row_matrix = 0.0
@@ -317,12 +315,12 @@ def _back_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_p
     change = -tl.load(numbers_ptr + 4) * _turn(d, row_matrix, column_matrix, ROWS, COLUMNS)
     # gbar is read where the way forth met a zero: spread, since a mask is no single truth value.
     flagged = tl.zeros((HEIGHT, WIDTH), tl.int32) + tl.load(flags_ptr + tl.program_id(0)) != 0
-    mean_ptr = pointer(matrices_ptr, tl.float32, EVEN)
+    mean_ptr = pointer(matrix_ptr, tl.float32, EVEN)
     change = tl.where(tl.load(mean_ptr + offsets, mask=mask & flagged, other=1.0) == 0, 0.0, change)
     if WRITE:
         param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, EVEN) + offsets
         after = tl.load(param_ptr, mask=mask, other=0.0).to(tl.float32) * tl.load(numbers_ptr + 6) + change
-        tl.store(param_ptr, _round(after, matrices_ptr, offsets, step, PARAM, STOCHASTIC), mask=mask)
+        tl.store(param_ptr, _round(after, matrix_ptr, offsets, step, PARAM, STOCHASTIC), mask=mask)
     else:
         tl.store(values_ptr + offsets, change, mask=mask)
 
@@ -339,11 +337,11 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
         observe: take the partial second moments of the innovation.
     """
     with tiles.on_device(operands.values.device):
-        _forth_kernel[_grid(operands)](
+        _forth_kernel[(len(operands.tables.programs),)](
             operands.addresses, *_tables(operands), operands.values, operands.flags, operands.sums, *operands.partials,
             gate, operands.tables.volume, STEP=step, OBSERVE=observe, SECANT=operands.secant,
             MAXIMIZE=operands.maximize, DECAY=operands.decays, GRAD=_dtype(operands, "gradients"),
-            PARAM=_dtype(operands, "parameters"), **_rotated(operands), **_geometry(operands),
+            PARAM=_dtype(operands, "parameters"), **_geometry(operands),
         )  # fmt: skip
 
 
@@ -364,7 +362,7 @@ def take_rest_(operands: Operands) -> Tensor:
             if secant and direct:
                 _sums_kernel[(len(sums),)](tables.matrices, operands.sums, sums, BLOCK=1024)
             if has_rest:
-                _rest_kernel[_grid(operands)](
+                _rest_kernel[(len(operands.tables.programs),)](
                     *_tables(operands), operands.values, operands.sums, sums, tables.volume, AVERAGE=average,
                     DIRECT=direct, **_regression(operands), **_geometry(operands),
                 )  # fmt: skip
@@ -381,15 +379,11 @@ def back_(operands: Operands, sums: Tensor, *, stochastic: bool, write: bool) ->
         write: change the parameters; else ``values[0]`` receives the change of usable tensors.
     """
     with tiles.on_device(operands.values.device):
-        _back_kernel[_grid(operands)](
+        _back_kernel[(len(operands.tables.programs),)](
             operands.addresses, *_tables(operands), operands.values, operands.flags, sums, operands.tables.volume,
             WRITE=write, STOCHASTIC=stochastic, PARAM=_dtype(operands, "parameters"), **_regression(operands),
-            **_rotated(operands), **_geometry(operands),
+            **_geometry(operands),
         )  # fmt: skip
-
-
-def _grid(operands: Operands) -> tuple[int]:
-    return (len(operands.tables.programs),)
 
 
 def _tables(operands: Operands) -> tuple[Tensor, ...]:
@@ -404,15 +398,12 @@ def _dtype(operands: Operands, name: str) -> Any:
     return DTYPES[dtype]
 
 
-def _rotated(operands: Operands) -> dict[str, bool]:
-    return {name: i in operands.tables.rotated for i, name in enumerate(("ROWS", "COLUMNS"))}
-
-
 def _geometry(operands: Operands) -> dict[str, Any]:
-    """Sides of a tile; 16 elements a lane, at most 8 warps."""
-    height, width = (axis.width for axis in operands.tables.axes)
+    """Sides of a tile, and which are rotated; 16 elements a lane, at most 8 warps."""
+    (height, width), rotated = (axis.width for axis in operands.tables.axes), operands.tables.rotated
     warps = 1 << max(0, min(3, (height * width // 512).bit_length() - 1))
-    return {"HEIGHT": height, "WIDTH": width, "EVEN": operands.even, "num_warps": warps}
+    sides = {"HEIGHT": height, "WIDTH": width, "EVEN": operands.even, "num_warps": warps}
+    return {**sides, "ROWS": 0 in rotated, "COLUMNS": 1 in rotated}
 
 
 def _regression(operands: Operands) -> dict[str, Any]:

@@ -180,9 +180,7 @@ def _forth_(operands: tables.Operands, gate: int, *, is_step: bool, observed: in
     kernels.forth_(operands, gate=gate, step=is_step, observe=observed is not None)
     for axis in operands.tables.rotated:
         # The innovation stays rotated by the rows: the sums over them, for the columns, are the same.
-        rotate.turn_(operands, axis=axis, gate=gate, observe=observed is not None)
-        if observed is not None:
-            rotate.average_(operands, axis=axis, gate=observed)
+        rotate.turn_(operands, axis=axis, gate=gate, observed=observed)
 
 
 def _operands(members: Sequence[Member]) -> tables.Operands:
@@ -206,9 +204,9 @@ def _operands(members: Sequence[Member]) -> tables.Operands:
         ],
         dtypes=(first.gradients[0].dtype, first.parameters[0].dtype),
         even=first.even,
-        maximize=options["maximize"] and not first.gathered,
         decays=decays and not options["decoupled_weight_decay"] and not first.gathered,
-        regression=(diagonal.MIN_STEPS, diagonal.MAX_RIDGE, diagonal.ROUNDING[torch.float32]),
+        regression={name: getattr(diagonal, name) for name in ("MIN_STEPS", "MAX_RIDGE")}
+        | {"ROUNDING": diagonal.ROUNDING[torch.float32]},
     )
 
 
@@ -225,8 +223,9 @@ def _numbers(members: Sequence[Member]) -> Tensor:
     )
     decay, decoupled = options["weight_decay"], options["decoupled_weight_decay"]
     keep, l2 = 1 - n.lr * (decay if decoupled else 0.0), zeros + (0.0 if decoupled else decay)
-    newest = zeros + (1 - options["betas"][1])
-    return torch.stack([*n[:-1], usable, keep, n.floor, *observed, l2, newest], dim=1).float()
+    sign = zeros + (-1 if options["maximize"] and not members[0].gathered else 1)
+    columns = *n[:-1], usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1])
+    return torch.stack(columns, dim=1).float()
 
 
 def _known(members: Sequence[Member]) -> Known:

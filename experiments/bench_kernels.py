@@ -132,8 +132,8 @@ def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
 
     forth_ = functools.partial(kernels.forth_, gate=tables.USABLE, step=True, observe=True)
     yield Case("forth", moved["forth"] + moved["moments"] / 2, functools.partial(_each, forth_, lists))
-    yield Case("later stages", moved["later stages"], on_axes(rotate.turn_, gate=tables.USABLE, observe=True))
-    yield Case("moments", moved["moments"] / 2, on_axes(rotate.average_, gate=tables.WITHIN))
+    later = on_axes(rotate.turn_, gate=tables.USABLE, observed=tables.WITHIN)
+    yield Case("later stages, moments", moved["later stages"] + moved["moments"] / 2, later)
     yield Case("rest", moved["rest"], functools.partial(_each, kernels.take_rest_, lists))
     yield Case("later stages back", moved["later stages back"], on_axes(rotate.turn_, gate=tables.USABLE, back=True))
     write_ = functools.partial(kernels.back_, stochastic=False, write=True)

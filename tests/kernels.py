@@ -33,6 +33,7 @@ def make_operands(
     made = tables.make_tables([part], DEVICE)
     numbers = torch.zeros(count, len(tables.NUMBERS), device=DEVICE)
     numbers[:, tables.USABLE] = 1.0
+    numbers[:, tables.NUMBERS.index("sign")] = 1.0
     numbers[:, tables.BEFORE] = torch.tensor(weights)
     addresses = [(gradient[i].data_ptr(), gradient[i].data_ptr()) for i in range(count)]
     return tables.Operands(
@@ -47,9 +48,8 @@ def make_operands(
         ],
         dtypes=(torch.float32, torch.float32),
         even=False,
-        maximize=False,
         decays=False,
-        regression=(5, 1e12, 1e-6),
+        regression={"MIN_STEPS": 5, "MAX_RIDGE": 1e12, "ROUNDING": 1e-6},
     )
 
 

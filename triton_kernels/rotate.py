@@ -2,8 +2,8 @@
 
 Formula, with ``B`` the matrix of a group and ``v`` its values:
 
-    turn_      v <- B^T v, or B v, in place;  and of the innovation the partial second moments v v^T
-    average_   C <- (1 - weight) C + weight sum v v^T      every group of every stage of an axis
+    v <- B^T v, or B v                            in place
+    C <- (1 - weight) C + weight sum v v^T        v of the innovation, before it is turned
 
 Layout. Values lie in the scratch of ``tables.Operands``; either axis is rotated where it lies, by strides. Several
 values (innovation, average, displacement) share one read of the matrices. A program takes a tile of groups and some
@@ -104,44 +104,33 @@ def _average_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH
     tl.store(target, before + weight * (moment - before), mask=inside)
 
 
-def turn_(operands: Operands, *, axis: int, gate: int, back: bool = False, observe: bool = False) -> None:
+def turn_(
+    operands: Operands, *, axis: int, gate: int, back: bool = False, observed: int | None = None
+) -> None:  # fmt: skip
     """``v <- B^T v`` for every stage of an axis but the leaves, in place, or ``B v`` from the root down with ``back``.
 
-    Equals steps of ``butterfly_opt.rotation.Rotation.to_rotated``, or ``from_rotated``, and with ``observe`` the sums
-    of ``second_moments``.
+    Equals steps of ``butterfly_opt.rotation.Rotation.to_rotated``, or ``from_rotated``; and ``observe_``, of the leaves
+    too, whose partial moments ``step.forth_`` has taken.
 
     Args:
         operands: all its values are turned; with ``back`` the direction alone.
         axis: 0 for rows, 1 for columns.
         gate: the column of ``numbers`` that is 0 for matrices to be left out.
         back: apply the inverse.
-        observe: take the partial moments of the innovation.
+        observed: the column that holds the weights of the innovation in the second moments; None for none.
     """
     tables, values = operands.tables, operands.values[1:2] if back else operands.values
-    width, other = tables.axes[axis].width, tables.axes[1 - axis].width
-    later = tables.passes[axis][1:]
+    width, other, later = tables.axes[axis].width, tables.axes[1 - axis].width, tables.passes[axis][1:]
+    partials, entries = operands.partials[axis], min(width**2, 1024)
     with tiles.on_device(values.device):
         for stage in reversed(later) if back else later:
             _stage_kernel[(len(stage.programs),)](
-                tables.matrices, tables.tiles, stage.programs, operands.numbers, values,
-                operands.partials[axis][stage.first :] if observe else values, gate, len(values), tables.volume,
-                WIDTH=width, OTHER=other, EVEN=operands.even, COLUMNS=axis == 1, BACK=back, OBSERVE=observe,
-                num_warps=8 if width == tiles.MAX_BLOCK else 4, num_stages=1,
+                tables.matrices, tables.tiles, stage.programs, operands.numbers, values, partials[stage.first :], gate,
+                len(values), tables.volume, WIDTH=width, OTHER=other, EVEN=operands.even, COLUMNS=axis == 1, BACK=back,
+                OBSERVE=observed is not None, num_warps=8 if width == tiles.MAX_BLOCK else 4, num_stages=1,
             )  # fmt: skip
-
-
-def average_(operands: Operands, *, axis: int, gate: int) -> None:
-    """``C <- (1 - weight) C + weight v v^T`` of every stage of an axis; equals ``Rotation.take_moments_``.
-
-    Args:
-        operands: with all partial moments.
-        axis: 0 for rows, 1 for columns.
-        gate: the column of ``numbers`` that holds the weights; where one is 0, nothing is written.
-    """
-    tables, width = operands.tables, operands.tables.axes[axis].width
-    entries = min(width**2, 1024)
-    with tiles.on_device(operands.values.device):
-        _average_kernel[(len(tables.groups[axis]), width**2 // entries)](
-            tables.tiles, tables.groups[axis], operands.numbers, operands.partials[axis], gate, WIDTH=width,
-            SLICE=entries, AHEAD=8,
-        )  # fmt: skip
+        if observed is not None:
+            _average_kernel[(len(tables.groups[axis]), width**2 // entries)](
+                tables.tiles, tables.groups[axis], operands.numbers, partials, observed, WIDTH=width, SLICE=entries,
+                AHEAD=8,
+            )  # fmt: skip

@@ -58,8 +58,8 @@ _LEAST_TAU2 = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.75)
 
 
 @triton.jit
-def _find_tile(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-               EVEN: tl.constexpr):  # fmt: skip
+def _find_tile(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT: tl.constexpr,
+               WIDTH: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     """Matrix, rows of tables, scratch and tiles of a program; where its elements lie, which exist, which are final."""
     programs_ptr += tl.program_id(0) * 3
     matrix = tl.load(programs_ptr).to(tl.int64)
@@ -99,13 +99,11 @@ def _turn(x, row_matrix, column_matrix, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr):
+def _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, DECAY: tl.constexpr):
     """``y`` of a tile."""
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if MAXIMIZE:
-        grad = -grad
+    grad = tl.load(numbers_ptr + 10) * tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if DECAY:
-        grad += tl.load(numbers_ptr + 10) * tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        grad += tl.load(numbers_ptr + 11) * tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return grad - mean
 
 
@@ -167,7 +165,7 @@ def _direction(m, energy, floor):
 @triton.jit
 def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
                   flags_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, volume, STEP: tl.constexpr,
-                  OBSERVE: tl.constexpr, SECANT: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
+                  OBSERVE: tl.constexpr, SECANT: tl.constexpr, DECAY: tl.constexpr,
                   GRAD: tl.constexpr, PARAM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                   EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, final = _find_tile(
@@ -180,7 +178,7 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
     mean_ptr = pointer(matrix_ptr, tl.float32, EVEN)
     mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
     grad_ptr = pointer(addresses_ptr + matrix * 2, GRAD, EVEN)
-    y = _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, MAXIMIZE, DECAY)
+    y = _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, DECAY)
     if OBSERVE and ROWS:
         store_moment(row_partial_ptr, tl.dot(y, tl.trans(y), input_precision=PRECISION), HEIGHT)
     if OBSERVE and COLUMNS:
@@ -241,7 +239,7 @@ def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
     if DIRECT:
         if SECANT:
             energy = _regressed(energy, matrix_ptr, sums_ptr + matrix * 2, offsets, mask, tl.load(numbers_ptr + 3),
-                                tl.load(numbers_ptr + 11), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
+                                tl.load(numbers_ptr + 12), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
         values_ptr += volume
         m = tl.load(values_ptr + offsets, mask=mask, other=0.0)
         tl.store(values_ptr + offsets, _direction(m, energy, tl.load(numbers_ptr + 7)), mask=mask)
@@ -304,7 +302,7 @@ def _back_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_p
     if SECANT:
         energy = tl.load(pointer(matrix_ptr + 1, tl.float32, EVEN) + offsets, mask=final, other=0.0)
         energy = _regressed(energy, matrix_ptr, sums_ptr + matrix * 2, offsets, final, step,
-                            tl.load(numbers_ptr + 11), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
+                            tl.load(numbers_ptr + 12), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
         d = tl.where(final, _direction(d, energy, tl.load(numbers_ptr + 7)), d)
     row_matrix = 0.0
     column_matrix = 0.0
@@ -340,7 +338,7 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
         _forth_kernel[(len(operands.tables.programs),)](
             operands.addresses, *_tables(operands), operands.values, operands.flags, operands.sums, *operands.partials,
             gate, operands.tables.volume, STEP=step, OBSERVE=observe, SECANT=operands.secant,
-            MAXIMIZE=operands.maximize, DECAY=operands.decays, GRAD=_dtype(operands, "gradients"),
+            DECAY=operands.decays, GRAD=_dtype(operands, "gradients"),
             PARAM=_dtype(operands, "parameters"), **_geometry(operands),
         )  # fmt: skip
 
@@ -364,7 +362,7 @@ def take_rest_(operands: Operands) -> Tensor:
             if has_rest:
                 _rest_kernel[(len(operands.tables.programs),)](
                     *_tables(operands), operands.values, operands.sums, sums, tables.volume, AVERAGE=average,
-                    DIRECT=direct, **_regression(operands), **_geometry(operands),
+                    DIRECT=direct, SECANT=operands.secant, **operands.regression, **_geometry(operands),
                 )  # fmt: skip
     return sums
 
@@ -381,8 +379,8 @@ def back_(operands: Operands, sums: Tensor, *, stochastic: bool, write: bool) ->
     with tiles.on_device(operands.values.device):
         _back_kernel[(len(operands.tables.programs),)](
             operands.addresses, *_tables(operands), operands.values, operands.flags, sums, operands.tables.volume,
-            WRITE=write, STOCHASTIC=stochastic, PARAM=_dtype(operands, "parameters"), **_regression(operands),
-            **_geometry(operands),
+            WRITE=write, STOCHASTIC=stochastic, PARAM=_dtype(operands, "parameters"), SECANT=operands.secant,
+            **operands.regression, **_geometry(operands),
         )  # fmt: skip
 
 
@@ -404,8 +402,3 @@ def _geometry(operands: Operands) -> dict[str, Any]:
     warps = 1 << max(0, min(3, (height * width // 512).bit_length() - 1))
     sides = {"HEIGHT": height, "WIDTH": width, "EVEN": operands.even, "num_warps": warps}
     return {**sides, "ROWS": 0 in rotated, "COLUMNS": 1 in rotated}
-
-
-def _regression(operands: Operands) -> dict[str, Any]:
-    names = ("MIN_STEPS", "MAX_RIDGE", "ROUNDING")
-    return {"SECANT": operands.secant, **dict(zip(names, operands.regression, strict=True))}

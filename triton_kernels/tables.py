@@ -29,10 +29,11 @@ MATRIX = ("exp_avg", "exp_avg_sq", "param_avg", "disp_sq", "cross", "first", "co
 columns, elements, stream of random numbers, position of its first element in the parameter, and its programs in the
 passes over the leaves."""
 
-NUMBERS = ("mean", "square", "pair", "step", "lr", "usable", "keep", "floor", "before", "within", "l2", "newest")
+NUMBERS = ("mean", "square", "pair", "step", "lr", "usable", "keep", "floor", "before", "within", "sign", "l2",
+           "newest")  # fmt: skip
 """A row of ``numbers``: those of a stack; whether the gradient is usable; 1 - lr weight_decay; ``step.floor``; the
-weight of the innovation in the second moments if they are taken before the step, or within it, else 0; L2 decay; and
-``1 - beta2``."""
+weight of the innovation in the second moments if they are taken before the step, or within it, else 0; the sign of
+gradients; L2 decay; and ``1 - beta2``."""
 
 USABLE, BEFORE, WITHIN = (NUMBERS.index(name) for name in ("usable", "before", "within"))
 
@@ -128,14 +129,13 @@ class Operands(NamedTuple):
     Attributes:
         tables: of the list.
         addresses: int64 ``(matrices, 2)``, of gradients and parameters.
-        numbers: float32 ``(matrices, 12)``, see NUMBERS.
+        numbers: float32, see NUMBERS.
         values: float32 ``(2 or 3, volume)``, scratch: u and m, and with secant w; d takes the place of m.
         flags: int32, one a program over the leaves, scratch; so ``sums``, float32 ``(programs, 2)``.
         partials: of rows and columns, scratch ``(partials, width, width)``.
         dtypes: of gradients and parameters.
         even: every access is 16 bytes wide.
-        maximize: gradients count with the opposite sign.
-        decays: L2 decay is added to them.
+        decays: L2 decay is added to gradients.
         regression: ``MIN_STEPS``, ``MAX_RIDGE`` and ``ROUNDING`` of ``butterfly_opt.diagonal``.
     """
 
@@ -148,9 +148,8 @@ class Operands(NamedTuple):
     partials: Sequence[Tensor]
     dtypes: tuple[torch.dtype, torch.dtype]
     even: bool
-    maximize: bool
     decays: bool
-    regression: tuple[int, float, float]
+    regression: dict[str, float]
 
     @property
     def secant(self) -> bool:

@@ -79,7 +79,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "capturable": {"capturable": True, "steps": 3, "shapes": ((9, 8),)},
     "a list of many kinds": {
-        "shapes": ((2, 9, 5), (1, 12, 9), (2, 3)), "batch_dims": 1, "bad_step": 2, "steps": 4,
+        "shapes": ((2, 9, 5), (2, 9, 5), (1, 12, 9), (2, 3)), "batch_dims": 1, "bad_step": 2, "steps": 4,
+        "refit_every": 2,
     },
 }  # fmt: skip
 

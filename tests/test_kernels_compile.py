@@ -55,8 +55,8 @@ def compile_all(capability: int) -> set[str]:
     def compile_only(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *args, warmup=True, **options)
         assert kernel.asm["cubin"]
-        # More than a multiprocessor of this generation lends to one program could not be launched.
-        assert kernel.metadata.shared <= {90: 232448, 80: 166912}[capability]
+        # More than a multiprocessor lends to one program could not be launched: 99 KiB where it lends least.
+        assert kernel.metadata.shared <= 101376
         compiled.add(kernel.name)
 
     driver.set_active(Driver())

@@ -28,11 +28,12 @@ Cost. Bytes a parameter, float32, in full width; final ones are 9/16 of all for 
                       innovation                              secant
     forth             g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar' 24, m 4;
                       others u, m 8                           final A, B, C both ways 24; others u, w 8
-    moments           written and read: rows 1, columns 8     the same
+    moments           halves, written and read 9              the same
     later stages      2 x 5.3                                 3 x 5.3
     take_rest_        others u, m, A, A', d 20                others u, w, A, B, C both ways 32; A, B, C, m, d 20
     later stages back 5.3                                     5.3
     back              d, theta, theta' 12                     theta, theta' 8; final A, B, C, m 16; others d 4
+    together          68                                      117
 """
 
 from typing import Any
@@ -179,10 +180,14 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
     mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
     grad_ptr = pointer(addresses_ptr + matrix * 2, GRAD, EVEN)
     y = _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, DECAY)
-    if OBSERVE and ROWS:
-        store_moment(row_partial_ptr, tl.dot(y, tl.trans(y), input_precision=PRECISION), HEIGHT)
-    if OBSERVE and COLUMNS:
-        store_moment(column_partial_ptr, tl.dot(tl.trans(y), y, input_precision=PRECISION), WIDTH)
+    if OBSERVE:
+        # Times 1, and -1: products of one tile would hold 128 KiB of shared memory at a time, those of copies 64.
+        copy = tl.load(numbers_ptr + 5) * y
+        if ROWS:
+            store_moment(row_partial_ptr, tl.dot(copy, tl.trans(copy), input_precision=PRECISION), HEIGHT)
+        if COLUMNS:
+            copy = -copy
+            store_moment(column_partial_ptr, tl.dot(tl.trans(copy), copy, input_precision=PRECISION), WIDTH)
     row_matrix = 0.0
     column_matrix = 0.0
     if ROWS:

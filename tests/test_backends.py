@@ -67,8 +67,8 @@ def difference(monkeypatch: pytest.MonkeyPatch, **options: Any) -> float:
 
 CASES: dict[str, dict[str, Any]] = {
     "leading, innovation": {"steps": 12},
-    "leading, secant": {"diagonal": "secant"},
-    "full, innovation": {"block": 4, "lead": 4},
+    "leading, secant": {"diagonal": "secant", "steps": 12},
+    "full, innovation": {"block": 4, "lead": 4, "steps": 12},
     "full, secant": {"block": 4, "lead": 4, "diagonal": "secant"},
     "decay and a skip": {
         "weight_decay": 0.1, "decoupled_weight_decay": True, "bad_step": 4, "steps": 6, "shapes": ((12, 9), (12, 9)),

@@ -5,8 +5,10 @@ The only module that imports ``fused``, which alone imports the kernels, and onl
 
 import importlib.util
 import os
-from collections.abc import Callable, Coroutine
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +18,22 @@ from butterfly_opt.collectives import Request
 from butterfly_opt.options import Options
 from butterfly_opt.stack import Stack
 
-TakeStep = Callable[[Stack, Tensor], Coroutine[Request, Tensor, None]]
+Step = Coroutine[Request, Tensor, None]
 
 
-def choose_step(options: Options, device: torch.device, dtype: torch.dtype) -> TakeStep:
-    """The function that steps a stack of whole tensors: ``step.take_step_`` or its fused equal.
+def steps_of(pairs: Sequence[tuple[Stack, Tensor]]) -> list[Step]:
+    """The steps of stacks of whole tensors with what is usable of them, to be run: the kernels' one for many stacks."""
+    together: dict[Any, list[tuple[Stack, Tensor]]] = defaultdict(list)
+    for stack, usable in pairs:
+        layout = stack.layouts[0]
+        take = choose_step(stack.options, layout.owner.device, layout.dtype)
+        alone = stack if take is step.take_step_ else stack.options
+        together[take, id(alone), layout.owner.device].append((stack, usable))
+    return [take(*members[0]) if take is step.take_step_ else take(members) for (take, *_), members in together.items()]
+
+
+def choose_step(options: Options, device: torch.device, dtype: torch.dtype) -> Callable[..., Step]:
+    """What steps whole tensors: ``step.take_step_`` a stack, or ``fused.take_steps_``, its equal, all of a group.
 
     Args:
         options: of the group: ``backend`` and ``fused``.
@@ -58,7 +71,7 @@ def choose_step(options: Options, device: torch.device, dtype: torch.dtype) -> T
         raise ValueError(
             f"backend='triton' takes block <= {fused.MAX_BLOCK}, got block = {options['block']}; use backend='auto'"
         )
-    return fused.take_step_
+    return fused.take_steps_
 
 
 @cache

@@ -1,26 +1,29 @@
 """One step by the Triton kernels: equals ``butterfly_opt.step.take_step_``, which is also its documentation.
 
-The only importer of the kernels. The way of a plain step, one launch each:
+The only importer of the kernels. Tensors of any shapes step together, in lists of equal dtypes and rotated axes. The
+way of a list, one launch each:
 
-    forth             averages of gradients (and parameters), changes rotated by the leaves of both axes,
-                      averages and direction of the coordinates that no later stage turns
-    later stages      of one axis after the other, in place, all rotated vectors together
+    forth             averages of gradients (and parameters), changes rotated by the leaves of both axes, averages and
+                      direction of the coordinates that no later stage turns, second moments of what enters the leaves
+    later stages      of one axis after the other, in place, all rotated vectors together, with their second moments
+    moments           of all stages, averaged
     rest              averages and direction of all others (secant: sums, then directions)
     later stages      from the root back
     back              the leaves backwards, the exact-zero rule, decay, rounding, the parameters
 
-Every step makes ``y`` beforehand and observes it, and some refit, stage by stage. The first fit (eigenvectors)
-is left to torch. So are gradients and parameters that are no plain matrices in memory - several parameters in one
-tensor (``structure="flat"``), other strides (channels_last), gradients of several dtypes: ``step.gradients``,
-``step.parameters`` and ``step.write_`` gather and scatter them, about 20 bytes a parameter more.
+Tensors whose bases are refitted take their second moments beforehand, in a pass of their own through the first three.
+The first fit (eigenvectors) is left to torch. So are gradients and parameters that are no plain matrices in memory -
+several parameters in one tensor (``structure="flat"``), other strides (channels_last), gradients of several dtypes:
+``step.gradients``, ``step.parameters`` and ``step.write_`` gather and scatter them, about 20 bytes a parameter more.
 
 Results do not depend on the run; they agree with torch's to rounding.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -28,237 +31,255 @@ from torch import Tensor
 from butterfly_opt import diagonal, step
 from butterfly_opt.plan import Plan, make_plan
 from butterfly_opt.rotation import SHIFT, Rotation
-from butterfly_opt.stack import Stack
+from butterfly_opt.stack import Numbers, Stack
 
 if TYPE_CHECKING:  # under its name in the repository, where the type checker finds it
-    from triton_kernels import refit, rotate, tiles
+    from triton_kernels import refit, rotate, tables, tiles
     from triton_kernels import step as kernels
 else:
-    from butterfly_opt.triton_kernels import refit, rotate, tiles
+    from butterfly_opt.triton_kernels import refit, rotate, tables, tiles
     from butterfly_opt.triton_kernels import step as kernels
 
 MAX_BLOCK = tiles.MAX_BLOCK
 """The largest ``block`` that the kernels take."""
 
+MAX_LIST = 1 << 25
+"""Elements of a list of several stacks: more than fills a GPU. Its scratch takes 16 bytes an element, secant's 20."""
 
-class Source(NamedTuple):
-    """Where gradients and parameters lie.
+
+class Member(NamedTuple):
+    """A stack in a step.
 
     Attributes:
+        stack: tensors of one shape.
+        usable: bool ``(tensors,)``.
+        part: what the kernels know of it.
         gradients: one tensor a tensor of the stack, or gathered ones.
         parameters: the same.
         gathered: whether torch gathered them, and will write.
+        rows: addresses of gradient and parameter of each matrix.
+        even: see ``Part``; of these as well.
+        observed: BEFORE if its bases are refitted, WITHIN if their second moments alone change, else None.
     """
 
+    stack: Stack
+    usable: Tensor
+    part: tables.Part
     gradients: Sequence[Tensor]
     parameters: Sequence[Tensor]
     gathered: bool
+    rows: list[tuple[int, int]]
+    even: bool
+    observed: int | None
 
 
-class Table(NamedTuple):
-    """Addresses of a stack's gradients and parameters, ``tiles.address_table``, and the numbers it was made of."""
+class Known(NamedTuple):
+    """Tables of a list, and the stacks and addresses that they were made of."""
 
-    rows: list[tuple[int, ...]]
-    tensor: Tensor
+    stacks: list[ref[Stack]]
+    rows: list[tuple[int, int]]
+    tables: tables.Tables
+    addresses: Tensor
 
 
-_TABLES: WeakKeyDictionary[Stack, Table] = WeakKeyDictionary()
+_PARTS: WeakKeyDictionary[Stack, tables.Part] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Stack, Known] = WeakKeyDictionary()
 
 
-async def take_step_(stack: Stack, usable: Tensor) -> None:
-    """Steps the tensors of a stack: state and parameters change in place.
+async def take_steps_(pairs: Sequence[tuple[Stack, Tensor]]) -> None:
+    """Steps stacks of one group and device: state and parameters change in place.
 
     Args:
-        stack: tensors whose parameters hold their gradients, float32 state, ``block`` at most MAX_BLOCK.
-        usable: bool ``(tensors,)``; a tensor where it is False keeps its state and parameters, bit for bit.
+        pairs: tensors whose parameters hold their gradients, float32 state, ``block`` at most MAX_BLOCK, each with
+            ``usable``, bool ``(tensors,)``; a tensor where it is False keeps its state and parameters, bit for bit.
 
     Raises:
         ValueError: if a group of a rotation is larger than MAX_BLOCK, or no kernel can run on the device.
         TypeError: if the state is not float32.
     """
-    source = _source(stack)
-    operands = _operands(stack, source, usable)
-    _fit_basis_(stack, operands)
-    kernels.forth_(operands)
-    count, rows, columns = stack.averages["exp_avg"].shape
-    values = operands.values.view(-1, count, rows, columns)
-    for dim, rotation in stack.whole_rotations:
-        _later_stages_(values, rotation, dim=dim, back=False)
+    for members in _lists([_member(*pair) for pair in pairs]):
+        _step_list_(members)
+
+
+def _member(stack: Stack, usable: Tensor) -> Member:
+    part = _PARTS.get(stack)
+    if part is None:
+        part = _PARTS[stack] = _part(stack)
+    parameters: Sequence[Tensor] = [layout.owner.detach() for layout in stack.layouts]
+    gradients: Sequence[Tensor] = [layout.owner.grad for layout in stack.layouts if layout.owner.grad is not None]
+    plain = len(gradients) == len(stack.layouts) and all(len(layout.params) == 1 for layout in stack.layouts)
+    plain = plain and len({grad.dtype for grad in gradients}) == 1
+    if not plain or not all(tensor.is_contiguous() for tensor in (*gradients, *parameters)):
+        plain, batch = False, stack.shape[0]
+        gradients = step.gradients(stack).split(batch)
+        parameters = step.parameters(stack).contiguous().split(batch)
+    size = stack.shape[1] * stack.shape[2]
+    rows = [
+        (grad.data_ptr() + first * grad.element_size(), param.data_ptr() + first * param.element_size())
+        for grad, param in zip(gradients, parameters, strict=True)
+        for first in range(0, size * stack.shape[0], size)
+    ]
+    observed = None
+    if stack.rotations and stack.calls > 1:
+        observed = tables.BEFORE if stack.refits() else tables.WITHIN
+    even = part.even and all(address % 16 == 0 for row in rows for address in row)
+    return Member(stack, usable, part, gradients, parameters, not plain, rows, even, observed)
+
+
+def _lists(members: Sequence[Member]) -> list[list[Member]]:
+    """Members that one launch can serve: alike in what kernels are compiled for, of at most MAX_LIST elements."""
+    alike: dict[Any, list[list[Member]]] = defaultdict(list)
+    for own in members:
+        axes = tuple((axis.width, axis.matrices is None) for axis in own.part.axes)
+        lists = alike[own.gathered, own.gradients[0].dtype, own.parameters[0].dtype, own.even, axes]
+        if not lists or sum(known.stack.averages["exp_avg"].numel() for known in (*lists[-1], own)) > MAX_LIST:
+            lists.append([])
+        lists[-1].append(own)
+    return [members for lists in alike.values() for members in lists]
+
+
+def _step_list_(members: Sequence[Member]) -> None:
+    for own in members:
+        if own.stack.calls == 1:
+            _start_(own)
+    operands = _operands(members)
+    observed = {own.observed for own in members}
+    if tables.BEFORE in observed:
+        _forth_(operands._replace(values=operands.values[:1]), tables.BEFORE, is_step=False, observed=tables.BEFORE)
+        for axis in operands.tables.rotated:
+            refit.refit_(operands, axis=axis, gate=tables.BEFORE, shift=SHIFT[torch.float32])
+    within = tables.WITHIN if tables.WITHIN in observed else None
+    _forth_(operands, tables.USABLE, is_step=True, observed=within)
     sums = kernels.take_rest_(operands)
-    for dim, rotation in stack.whole_rotations:
-        _later_stages_(values[1:2], rotation, dim=dim, back=True)
-    stochastic = stack.options["stochastic_rounding"] and operands.dtypes[1] == torch.bfloat16
-    kernels.back_(operands, sums, stochastic=stochastic, write=not source.gathered)
-    if source.gathered:
-        step.write_(stack, values[0], stack.numbers)
-    else:
-        torch.autograd.graph.increment_version(list(source.parameters))
+    for axis in operands.tables.rotated:
+        rotate.turn_(operands, axis=axis, gate=tables.USABLE, back=True)
+    options, gathered = members[0].stack.options, members[0].gathered
+    stochastic = options["stochastic_rounding"] and operands.dtypes[1] == torch.bfloat16
+    kernels.back_(operands, sums, stochastic=stochastic, write=not gathered)
+    changed = [] if gathered else [param for own in members for param in own.parameters]
+    changes = operands.values[0].split([own.stack.averages["exp_avg"].numel() for own in members])
+    for own, change in zip(members, changes, strict=True):
+        if gathered:
+            step.write_(own.stack, change.view_as(own.stack.averages["exp_avg"]), own.stack.numbers)
+        if own.observed:
+            # Rotation.dense notices new matrices by their version.
+            changed += [x for axis in own.part.axes for x in (axis.matrices, axis.moments) if x is not None]
+    torch.autograd.graph.increment_version(changed)
 
 
-def _source(stack: Stack) -> Source:
-    owners = [layout.owner.detach() for layout in stack.layouts]
-    grads = [layout.owner.grad for layout in stack.layouts]
-    kept = [grad for grad in grads if grad is not None]
-    plain = len(kept) == len(stack.layouts) and all(len(layout.params) == 1 for layout in stack.layouts)
-    if plain and len({grad.dtype for grad in kept}) == 1 and all(t.is_contiguous() for t in (*kept, *owners)):
-        return Source(kept, owners, gathered=False)
-    batch = stack.shape[0]
-    return Source(step.gradients(stack).split(batch), step.parameters(stack).contiguous().split(batch), gathered=True)
+def _start_(own: Member) -> None:
+    """The first fit, of bases that have seen nothing."""
+    y = step.gradients(own.stack).sub_(own.stack.averages["exp_avg"])
+    y = torch.where(own.stack.per_tensor(own.usable), y, 0.0)
+    for dim, rotation in own.stack.whole_rotations:
+        rotation.start_(y if dim == -2 else y.mT)
 
 
-def _operands(stack: Stack, source: Source, usable: Tensor) -> kernels.Operands:
-    options, averages, n, geometry = stack.options, stack.averages, stack.numbers, _geometry(stack)
-    decays, decoupled = _is_on(options["weight_decay"]), options["decoupled_weight_decay"]
-    keep = 1 - n.lr * options["weight_decay"] if decays and decoupled else torch.ones_like(n.lr)
-    l2 = 0.0 if decoupled else options["weight_decay"]
-    table = _table(stack, source)
-    new = averages["exp_avg"].new_empty
-    return kernels.Operands(
-        geometry=geometry,
-        averages={name: average.view(geometry.shape) for name, average in averages.items()},
-        addresses=table.tensor,
-        numbers=torch.cat([*n[:-1], stack.per_tensor(usable).to(n.lr.dtype), keep, n.floor], dim=1).view(-1, 8),
-        constants=_constants(l2, 1 - options["betas"][1], keep.device),
-        values=new(3 if "cross" in averages else 2, *geometry.shape),
-        flags=new(geometry.programs, dtype=torch.int32),
-        sums=new(geometry.programs, 2),
-        dtypes=(source.gradients[0].dtype, source.parameters[0].dtype),
-        aligned=all(address % 16 == 0 for row in table.rows for address in row[:2]),
-        maximize=options["maximize"] and not source.gathered,
-        decays=decays and not decoupled and not source.gathered,
-        regression=(diagonal.MIN_STEPS, diagonal.MAX_RIDGE, diagonal.ROUNDING[torch.float32]),
+def _forth_(operands: tables.Operands, gate: int, *, is_step: bool, observed: int | None) -> None:
+    """All stages of the way forth, and with ``observed`` the second moments of what enters them."""
+    kernels.forth_(operands, gate=gate, step=is_step, observe=observed is not None)
+    for axis in operands.tables.rotated:
+        # The innovation stays rotated by the rows: the sums over them, for the columns, are the same.
+        rotate.turn_(operands, axis=axis, gate=gate, observed=observed)
+
+
+def _operands(members: Sequence[Member]) -> tables.Operands:
+    first, averages, known = members[0], members[0].stack.averages, _known(members)
+    options, made, new = first.stack.options, known.tables, averages["exp_avg"].new_empty
+    # A tensor on a GPU is not asked whether it is 0.
+    decays = isinstance(options["weight_decay"], Tensor) or options["weight_decay"] != 0
+    values = new(3 if "cross" in averages else 2, made.volume)
+    observed = any(own.observed for own in members)
+    return tables.Operands(
+        tables=made,
+        addresses=known.addresses,
+        numbers=_numbers(members),
+        # What kernels leave out is no change.
+        values=values.zero_() if first.gathered else values,
+        flags=new(len(made.programs), dtype=torch.int32),
+        sums=new(len(made.programs), 2),
+        partials=[
+            new(count if observed else 0, axis.width, axis.width)
+            for count, axis in zip(made.partials, made.axes, strict=True)
+        ],
+        dtypes=(first.gradients[0].dtype, first.parameters[0].dtype),
+        even=first.even,
+        decays=decays and not options["decoupled_weight_decay"] and not first.gathered,
+        regression={name: getattr(diagonal, name) for name in ("MIN_STEPS", "MAX_RIDGE")}
+        | {"ROUNDING": diagonal.ROUNDING[torch.float32]},
     )
 
 
-def _is_on(decay: float | Tensor) -> bool:
-    """Whether there is a decay; a tensor on a GPU is not asked."""
-    return isinstance(decay, Tensor) or decay != 0
+def _numbers(members: Sequence[Member]) -> Tensor:
+    """``numbers`` of a list, see ``tables.NUMBERS``: by few operations, however many members."""
+    n = Numbers(*(torch.cat(own).view(-1) for own in zip(*(own.stack.numbers for own in members), strict=True)))
+    usable = torch.cat([own.stack.per_tensor(own.usable) for own in members]).view(-1).to(n.lr.dtype)
+    weight, options = step.observation_weight(n), members[0].stack.options
+    counts, zeros = [own.part.shape[0] for own in members], torch.zeros_like(n.lr)
+    parts = list(zip(members, weight.split(counts), zeros.split(counts), strict=True))
+    observed = (
+        torch.cat([own if member.observed == gate else zero for member, own, zero in parts])
+        for gate in (tables.BEFORE, tables.WITHIN)
+    )
+    decay, decoupled = options["weight_decay"], options["decoupled_weight_decay"]
+    keep, l2 = 1 - n.lr * (decay if decoupled else 0.0), zeros + (0.0 if decoupled else decay)
+    sign = zeros + (-1 if options["maximize"] and not members[0].gathered else 1)
+    columns = *n[:-1], usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1])
+    return torch.stack(columns, dim=1).float()
 
 
-def _table(stack: Stack, source: Source) -> Table:
-    """The addresses of this step: the table of the step before, unless one has changed."""
-    size = stack.shape[1] * stack.shape[2]
-    rows = [
-        (*(x.data_ptr() + first * x.element_size() for x in (grad, param)), stream, first)
-        for grad, param, stream in zip(source.gradients, source.parameters, stack.streams, strict=True)
-        for first in range(0, size * stack.shape[0], size)
-    ]
-    known = _TABLES.get(stack)
-    if known is None or known.rows != rows:
-        known = _TABLES[stack] = Table(rows, tiles.address_table(rows, stack.averages["exp_avg"].device))
+def _known(members: Sequence[Member]) -> Known:
+    """The tables of the step before; those of addresses anew if one has changed, all if other stacks step."""
+    rows, stacks = [row for own in members for row in own.rows], [ref(own.stack) for own in members]
+    first, device = members[0].stack, members[0].usable.device
+    known = _KNOWN.get(first)
+    if known is None or known.stacks != stacks:
+        made = tables.make_tables([own.part for own in members], device)
+        known = _KNOWN[first] = Known(stacks, rows, made, tiles.address_table(rows, device))
+    elif known.rows != rows:
+        known = _KNOWN[first] = known._replace(rows=rows, addresses=tiles.address_table(rows, device))
     return known
 
 
-def _constants(l2: float | Tensor, newest: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(l2, Tensor) or isinstance(newest, Tensor):
-        return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).view(()) for x in (l2, newest)])
-    return _fixed_constants(l2, newest, device)
+def _part(stack: Stack) -> tables.Part:
+    """A stack as the kernels see it: without a rotated axis, matrices of one row."""
+    (count, rows, columns), rotations = stack.averages["exp_avg"].shape, dict(stack.whole_rotations)
+    device, widths = stack.active.device, [tiles.width_of(rows), tiles.width_of(columns)]
+    if not rotations:
+        rows, columns, widths = 1, rows * columns, [1, tiles.VECTOR_WIDTH]
+    axes = _axis(rows, widths[0], rotations.get(-2), device), _axis(columns, widths[1], rotations.get(-1), device)
+    averages = {name: average.view(count, rows, columns) for name, average in stack.averages.items()}
+    starts, totals = axes[1].stages[0].tiles[:, :2].unbind(1)
+    full = columns % 16 == 0 and bool(((starts % 16 == 0) & (totals == axes[1].width)).all())
+    return tables.Part(
+        shape=(count, rows, columns),
+        averages=averages,
+        axes=axes,
+        streams=[stream for stream in stack.streams for _ in range(stack.shape[0])],
+        positions=[i * rows * columns for _ in stack.streams for i in range(stack.shape[0])],
+        even=full and all(average.data_ptr() % 16 == 0 for average in averages.values()),
+    )
 
 
-@lru_cache(maxsize=64)
-def _fixed_constants(l2: float, newest: float, device: torch.device) -> Tensor:
-    # Filled on the device, so that it works while a graph is captured.
-    return torch.stack([torch.full((), number, device=device) for number in (l2, newest)])
-
-
-class Stage(NamedTuple):
-    """A stage as the kernels see it: its tiles, its coordinates, and the number of its groups."""
-
-    tiles: tiles.Tiles
-    coordinates: Tensor | None
-    groups: int
+def _axis(length: int, width: int, rotation: Rotation | None, device: torch.device) -> tables.Axis:
+    if rotation is None:
+        return tables.Axis(width, [tiles.Stage(tiles.stage_tiles((), length, 0, width), 0, 0, None)])
+    lead = 0 if rotation.plan.is_full else rotation.plan.lead
+    return tables.Axis(width, _stages(rotation.plan, width, device), lead, rotation.matrices, rotation.moments)
 
 
 @lru_cache(maxsize=1024)
-def _stages(plan: Plan, device: torch.device) -> tuple[Stage, ...]:
+def _stages(plan: Plan, width: int, device: torch.device) -> tuple[tiles.Stage, ...]:
     stages, offset = [], 0
     for i, stage in enumerate(plan.stages):
         is_last = i == len(plan.stages) - 1
         lead = 0 if is_last else tiles.ALL if plan.is_full else plan.lead
         # Leaves are neighbours and cover the axis, with what is in no group; later stages touch their coordinates only.
         length, index = (plan.n, None) if i == 0 else (sum(run.span for run in stage.runs), stage.index_on(device))
-        cut = tiles.stage_tiles(stage.runs, length, offset, lead, device)
-        stages.append(Stage(cut, index, sum(run.groups for run in stage.runs)))
+        cut = tiles.stage_tiles(stage.runs, length, offset, width)
+        stages.append(tiles.Stage(cut, sum(run.groups for run in stage.runs), lead, index))
         offset += sum(run.numel for run in stage.runs)
     return tuple(stages)
-
-
-def _geometry(stack: Stack) -> kernels.Geometry:
-    count, rows, columns = stack.averages["exp_avg"].shape
-    device = stack.averages["exp_avg"].device
-    if not stack.whole_rotations:
-        row, pieces = tiles.plain_tiles(1, 1, device), tiles.plain_tiles(rows * columns, tiles.VECTOR_WIDTH, device)
-        return kernels.Geometry((count, 1, rows * columns), row, pieces, None, None)
-    rotations = dict(stack.whole_rotations)
-    cuts = [
-        _stages(rotations[dim].plan, device)[0].tiles if dim in rotations
-        else tiles.plain_tiles(length, tiles.other_width(length), device)
-        for dim, length in ((-2, rows), (-1, columns))
-    ]  # fmt: skip
-    matrices = [rotations[dim].matrices if dim in rotations else None for dim in (-2, -1)]
-    return kernels.Geometry((count, rows, columns), cuts[0], cuts[1], matrices[0], matrices[1])
-
-
-def _later_stages_(values: Tensor, rotation: Rotation, *, dim: int, back: bool) -> None:
-    """All stages but the leaves, in place; ``values`` is ``(values, count, rows, columns)``."""
-    later = _stages(rotation.plan, values.device)[1:]
-    for stage in reversed(later) if back else later:
-        rotate.rotate_stage_(values, rotation.matrices, stage.tiles, stage.coordinates, dim=dim, transpose=not back)
-
-
-def _fit_basis_(stack: Stack, operands: kernels.Operands) -> None:
-    """``step.fit_basis_``."""
-    if not stack.rotations or not stack.calls:
-        return
-    y = kernels.innovations(operands)
-    if stack.calls == 1:
-        for dim, rotation in stack.whole_rotations:
-            rotation.start_(y if dim == -2 else y.mT)
-        return
-    refits, weights = stack.refits(), step.observation_weight(stack.numbers)
-    usable = operands.numbers[:, 5].contiguous()
-    for dim, rotation in stack.whole_rotations:
-        # y stays rotated by this axis: the sums over it, for the other axis, are the same.
-        _observe_(y, rotation, weights, dim=dim)
-        if refits:
-            _refit_(rotation, usable)
-
-
-def _observe_(y: Tensor, rotation: Rotation, weights: Tensor, *, dim: int) -> None:
-    """``Rotation.observe_``; ``y`` is rotated by all stages but the last."""
-    stages = _stages(rotation.plan, y.device)
-    for stage in stages:
-        rotate.observe_stage_(
-            y, rotation.matrices, _moments(rotation), weights, stage.tiles, stage.coordinates, dim=dim,
-            turn=stage is not stages[-1],
-        )  # fmt: skip
-    torch.autograd.graph.increment_version(_moments(rotation))
-
-
-def _refit_(rotation: Rotation, usable: Tensor) -> None:
-    """``Rotation.refit_``."""
-    below, moments = None, _moments(rotation)
-    lead = 0 if rotation.plan.is_full else rotation.plan.lead
-    for stage in _stages(rotation.plan, usable.device):
-        change = refit.refit_stage_(
-            rotation.matrices,
-            moments,
-            usable,
-            stage.tiles,
-            groups=stage.groups,
-            lead=lead,
-            below=below,
-            shift=SHIFT[torch.float32],
-        )
-        below = change if lead else None
-    # Rotation.dense notices new matrices by their version.
-    torch.autograd.graph.increment_version([rotation.matrices, moments])
-
-
-def _moments(rotation: Rotation) -> Tensor:
-    if rotation.moments is None:
-        raise ValueError("this rotation keeps no second moments")
-    return rotation.moments
 
 
 def step_bytes(
@@ -284,39 +305,32 @@ def step_bytes(
         rotated: the rotated axes.
         itemsize: bytes of a number of parameters and gradients.
     """
-    plans = [(plan, other) for dim, plan, other in (
-        (-2, make_plan(rows, block, lead), columns), (-1, make_plan(columns, block, lead), rows)
-    ) if dim in rotated]  # fmt: skip
-    touched = [sum(run.span for run in plan.stages[1].runs) / plan.n for plan, _ in plans if len(plan.stages) > 1]
-    final = 1.0
-    for share in touched:
-        final *= 1 - share
-    others, secant = 1 - final, diagonal == "secant"
-    values = 3 if secant else 2
-    leaf_matrices = sum(4 * sum(run.numel for run in plan.stages[0].runs) / (rows * columns) for plan, _ in plans)
-    later = sum(8 * sum(run.span for run in stage.runs) / plan.n for plan, _ in plans for stage in plan.stages[1:])
-    later_matrices = sum(4 * sum(r.numel for r in s.runs) / (rows * columns) for p, _ in plans for s in p.stages[1:])
-    if secant:
-        forth = 2 * itemsize + 4 + 8 + 4 + 4 + final * 24 + others * 8
-        rest = others * (32 + 20)
-        back = 2 * itemsize + final * 16 + others * 4
-    else:
-        forth = itemsize + 8 + final * 12 + others * 8
-        rest = others * 20
-        back = 2 * itemsize + 4
-    observed = itemsize + 8.0 if plans else 0.0
-    for plan, _ in plans:
+    axes = [(make_plan(n, block, lead), other) for dim, n, other in ((-2, rows, columns), (-1, columns, rows))
+            if dim in rotated]  # fmt: skip
+    final, later, moments = 1.0, 0.0, 0.0
+    for plan, other in axes:
+        width, each = tiles.width_of(other), tiles.width_of(other)
         for stage in plan.stages:
-            # The last stage reads what enters it; the others turn it as well.
-            passes = 4 if stage is plan.stages[-1] else 8
-            observed += passes * sum(run.span for run in stage.runs) / plan.n
-        observed += 12 * plan.numel / (rows * columns)
+            # Half a moment for each tile of a leaf, and for some chunks of a later stage, is written and read.
+            share = sum(run.span for run in stage.runs) / plan.n
+            moments += 4 * share * (tiles.width_of(plan.n) + 1) / each
+            later += 8 * share if stage is not plan.stages[0] else 0.0
+            each = width * tiles.MAX_CHUNKS
+        moments += 8 * plan.numel / (rows * columns)
+        final *= 1 - sum(run.span for stage in plan.stages[1:2] for run in stage.runs) / plan.n
+    of_leaves = sum(4 * run.numel / (rows * columns) for plan, _ in axes for run in plan.stages[0].runs)
+    of_later = sum(4 * plan.numel / (rows * columns) for plan, _ in axes) - of_leaves
+    others, secant = 1 - final, diagonal == "secant"
+    if secant:
+        forth, rest, back = 2 * itemsize + 20 + final * 24 + others * 8, others * 52, final * 16 + others * 4
+    else:
+        forth, rest, back = itemsize + 8 + final * 12 + others * 8, others * 20, 4
     found = {
-        "observe": observed,
-        "forth": forth + leaf_matrices,
-        "later stages": values * later + later_matrices,
+        "forth": forth + of_leaves,
+        "moments": moments,
+        "later stages": (3 if secant else 2) * later + of_later,
         "rest": rest,
-        "later stages back": later + later_matrices,
-        "back": back + leaf_matrices,
+        "later stages back": later + of_later,
+        "back": 2 * itemsize + back + of_leaves,
     }
     return {**found, "together": sum(found.values())}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from butterfly_opt import newton
-from butterfly_opt.backend import TakeStep, choose_step
+from butterfly_opt.backend import Step, steps_of
 from butterfly_opt.collectives import all_reduce_max, run
 from butterfly_opt.diagnostics import describe
 from butterfly_opt.dtensor import is_sharded
@@ -299,7 +299,7 @@ class Butterfly(Optimizer):
         # Where one is skipped the last step stays the one that the next loss is compared with.
         if full_batch and all(any(stack is own for own, _ in counted) for stack in full_batch):
             newton.remember_loss_(full_batch, loss)
-        run([_step_of(stack)(stack, usable) for stack, usable in counted])
+        run(_steps_of(counted))
         return loss
 
     def _count(self, groups: list[list[Stack]]) -> list[tuple[Stack, Tensor]]:
@@ -531,12 +531,17 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def _step_of(stack: Stack) -> TakeStep:
-    """The function that steps a stack."""
-    if stack.options["diagonal"] == "newton":
-        return newton.take_step_
-    layout = stack.layouts[0]
-    return take_step_ if layout.cuts else choose_step(stack.options, layout.owner.device, layout.dtype)
+def _steps_of(counted: list[tuple[Stack, Tensor]]) -> list[Step]:
+    """The steps to run, those of shards and of full batches a stack each."""
+    alone, whole = [], []
+    for stack, usable in counted:
+        if stack.options["diagonal"] == "newton":
+            alone.append(newton.take_step_(stack, usable))
+        elif stack.layouts[0].cuts:
+            alone.append(take_step_(stack, usable))
+        else:
+            whole.append((stack, usable))
+    return alone + steps_of(whole)
 
 
 def _taken_over(param: Tensor, saved: State, group: Options, beta: float) -> State:

@@ -1,8 +1,8 @@
 """Times the Triton kernels against the device's limits: `python -m experiments.bench_kernels [--output FILE]`.
 
 A row gives the time of one call and the bytes it moves as a fraction of what a device-to-device copy of the same run
-moves: of every launch of a plain step, of an observation, of a refit, and of whole steps of the torch path and the
-fused one on a list of tensors. Without a GPU small cases run in Triton's interpreter: that checks the kernels, its
+moves: of every launch of a plain step, of a refit, and of whole steps of the torch path and the fused one on a list of
+tensors. Without a GPU small cases run in Triton's interpreter: that checks the kernels, its
 times mean nothing. The bytes a parameter of each launch (`butterfly_opt.fused.step_bytes`) are printed first.
 """
 
@@ -21,7 +21,6 @@ import torch
 from experiments.benchmarking import RowWriter, copy_bandwidth, environment, measure, note, parse_arguments
 
 if TYPE_CHECKING:
-    from butterfly_opt.backend import TakeStep
     from butterfly_opt.stack import Stack
 
 COLUMNS = (
@@ -88,7 +87,7 @@ def make_stacks(shapes: Shapes, batch_dims: int, device: torch.device, diagonal:
         "lr": 0.0, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False,
         "maximize": False, "capturable": False, "stochastic_rounding": False, "diagonal": diagonal, "block": block,
         "lead": lead, "refit_every": 10, "structure": "axes", "batch_dims": batch_dims,
-        "cross_shard": True,
+        "cross_shard": True, "backend": "triton", "fused": None,
     }  # fmt: skip
     params = [torch.randn(shape, device=device) for shape in shapes]
     for param in params:
@@ -105,11 +104,11 @@ def make_stacks(shapes: Shapes, batch_dims: int, device: torch.device, diagonal:
 def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
     """Every launch of a step, each over all stacks."""
     from butterfly_opt import fused
-    from butterfly_opt.fused import kernels
+    from butterfly_opt.fused import kernels, refit, rotate, tables
 
-    operands = [fused._operands(stack, fused._source(stack), stack.active) for stack in stacks]
-    sums = [kernels.take_rest_(own) for own in operands]
-    rotated = [(stack, own) for stack, own in zip(stacks, operands, strict=True) if stack.whole_rotations]
+    pairs = [(stack, stack.active) for stack in stacks]
+    lists = [fused._operands(own) for own in fused._lists([fused._member(*pair) for pair in pairs])]
+    sums = [kernels.take_rest_(operands) for operands in lists]
     moved = {"": 0.0}
     for stack in stacks:
         counts = fused.step_bytes(
@@ -120,51 +119,27 @@ def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
         for name, count in counts.items():
             moved[name] = moved.get(name, 0.0) + count * numel
     numel = sum(stack.averages["exp_avg"].numel() for stack in stacks)
+    entries = sum(rotation.matrices.numel() for stack in stacks for _, rotation in stack.whole_rotations)
     note("bytes a parameter, " + diagonal + ": " + ", ".join(f"{k} {v / numel:.1f}" for k, v in moved.items() if k))
 
-    def later(back: bool) -> None:
-        for stack, own in rotated:
-            values = own.values[1:2] if back else own.values
-            for dim, rotation in stack.whole_rotations:
-                fused._later_stages_(values, rotation, dim=dim, back=back)
+    def each_axis(function: Callable[..., object], **options: Any) -> None:
+        for operands in lists:
+            for axis in operands.tables.rotated:
+                function(operands, axis=axis, **options)
 
-    yield Case("forth", moved["forth"], functools.partial(_each, kernels.forth_, operands))
-    yield Case("later stages", moved["later stages"], functools.partial(later, False))
-    yield Case("rest", moved["rest"], functools.partial(_each, kernels.take_rest_, operands))
-    yield Case("later stages back", moved["later stages back"], functools.partial(later, True))
+    def on_axes(function: Callable[..., object], **options: Any) -> Callable[[], None]:
+        return functools.partial(each_axis, function, **options)
+
+    forth_ = functools.partial(kernels.forth_, gate=tables.USABLE, step=True, observe=True)
+    yield Case("forth", moved["forth"] + moved["moments"] / 2, functools.partial(_each, forth_, lists))
+    later = on_axes(rotate.turn_, gate=tables.USABLE, observed=tables.WITHIN)
+    yield Case("later stages, moments", moved["later stages"] + moved["moments"] / 2, later)
+    yield Case("rest", moved["rest"], functools.partial(_each, kernels.take_rest_, lists))
+    yield Case("later stages back", moved["later stages back"], on_axes(rotate.turn_, gate=tables.USABLE, back=True))
     write_ = functools.partial(kernels.back_, stochastic=False, write=True)
-    yield Case("back", moved["back"], functools.partial(_each, write_, operands, sums))
-    yield Case("innovations", 12.0 * numel, functools.partial(_each, kernels.innovations, operands))
-    yield from fit_cases(rotated)
-    take_step_ = functools.partial(_plain_step, fused.take_step_)
-    yield Case("plain step", moved["together"], functools.partial(_each, take_step_, stacks))
-
-
-def fit_cases(rotated: Sequence[tuple[Stack, Any]]) -> Iterator[Case]:
-    """An observation of both axes, and a refit."""
-    from butterfly_opt import fused
-
-    rotations = [(stack, dim, rotation) for stack, _ in rotated for dim, rotation in stack.whole_rotations]
-    observed, entries = 0.0, 0.0
-    for stack, _, rotation in rotations:
-        shares = [sum(run.span for run in s.runs) / rotation.plan.n for s in rotation.plan.stages]
-        numel = stack.averages["exp_avg"].numel()
-        # The last stage is read alone.
-        observed += (8 * sum(shares) - 4 * shares[-1]) * numel + 12 * rotation.matrices.numel()
-        entries += rotation.matrices.numel()
-    buffers = {id(stack): torch.randn_like(stack.averages["exp_avg"]) for stack, _ in rotated}
-
-    def observe() -> None:
-        for stack, dim, rotation in rotations:
-            weights = rotation.matrices.new_full((rotation.count,), 0.1)
-            fused._observe_(buffers[id(stack)], rotation, weights, dim=dim)
-
-    def refit() -> None:
-        for _, _, rotation in rotations:
-            fused._refit_(rotation, rotation.matrices.new_ones(rotation.count))
-
-    yield Case("observe", observed, observe)
-    yield Case("refit", 16 * entries, refit)
+    yield Case("back", moved["back"], functools.partial(_each, write_, lists, sums))
+    yield Case("refit", 16 * entries, on_axes(refit.refit_, gate=tables.WITHIN, shift=1e-6))
+    yield Case("plain step", moved["together"], functools.partial(_plain_step, "triton", stacks))
 
 
 def _each(function: Callable[..., object], *lists: Sequence[Any]) -> None:
@@ -172,27 +147,28 @@ def _each(function: Callable[..., object], *lists: Sequence[Any]) -> None:
         function(*arguments)
 
 
-def _plain_step(take_step_: TakeStep, stack: Stack) -> None:
-    """A step that neither observes nor refits."""
+def _plain_step(backend: str, stacks: Sequence[Stack]) -> None:
+    """A step that observes and does not refit."""
+    from butterfly_opt.backend import steps_of
     from butterfly_opt.collectives import run
 
-    stack.phase = 0
-    for state in stack.states:
-        state["calls"] = 1001
-    run([take_step_(stack, stack.active)])
+    stacks[0].options["backend"] = backend
+    for stack in stacks:
+        stack.phase = 0
+        for state in stack.states:
+            state["calls"] = 1001
+    run(steps_of([(stack, stack.active) for stack in stacks]))
 
 
 def all_cases(device: torch.device) -> Iterator[tuple[str, str, Case]]:
     """Every measurement for a device, made when its turn comes: shapes, diagonal, case."""
-    from butterfly_opt import step
-
     for label, (shapes, batch_dims) in (GPU_LISTS if device.type == "cuda" else CPU_LISTS).items():
         for diagonal in ("innovation", "secant"):
             stacks = make_stacks(shapes, batch_dims, device, diagonal)
             for case in kernel_cases(stacks, diagonal):
                 yield label, diagonal, case
-            plain = functools.partial(_plain_step, step.take_step_)
-            yield label, diagonal, Case("plain step, torch", case.bytes, functools.partial(_each, plain, stacks))
+            plain = functools.partial(_plain_step, "torch", stacks)
+            yield label, diagonal, Case("plain step, torch", case.bytes, plain)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-KERNELS = {"_innovation_kernel", "_forth_kernel", "_rest_kernel", "_sums_kernel", "_back_kernel", "_stage_kernel",
-           "_average_kernel", "_refit_kernel"}  # fmt: skip
+KERNELS = {"_forth_kernel", "_rest_kernel", "_sums_kernel", "_back_kernel", "_stage_kernel", "_average_kernel",
+           "_refit_kernel"}  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -55,8 +55,8 @@ def compile_all(capability: int) -> set[str]:
     def compile_only(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *args, warmup=True, **options)
         assert kernel.asm["cubin"]
-        # More than a multiprocessor of this generation lends to one program could not be launched.
-        assert kernel.metadata.shared <= {90: 232448, 80: 166912}[capability]
+        # More than a multiprocessor lends to one program could not be launched: 99 KiB where it lends least.
+        assert kernel.metadata.shared <= 101376
         compiled.add(kernel.name)
 
     driver.set_active(Driver())
@@ -64,25 +64,28 @@ def compile_all(capability: int) -> set[str]:
     tiles.can_launch_on = lambda device: True
     cases: list[tuple[tuple[int, ...], dict[str, Any]]] = [
         ((70, 128), {"diagonal": "secant", "weight_decay": 0.1, "maximize": True}),
-        ((20, 33), {"block": 16, "lead": 4, "dtype": torch.bfloat16, "stochastic_rounding": True}),
+        ((20, 30), {"block": 16, "lead": 4, "capturable": True, "dtype": torch.bfloat16, "stochastic_rounding": True}),
         ((7, 300), {"block": 2, "lead": 2, "dtype": torch.float16, "weight_decay": 0.1}),
         ((1,), {"diagonal": "secant"}),
     ]
     defaults = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False,
-                "maximize": False, "capturable": True, "stochastic_rounding": False, "diagonal": "innovation",
-                "block": 64, "lead": 16, "refit_every": 1, "structure": "axes", "batch_dims": 0,
+                "maximize": False, "capturable": False, "stochastic_rounding": False, "diagonal": "innovation",
+                "block": 64, "lead": 16, "refit_every": 2, "structure": "axes", "batch_dims": 0,
                 "cross_shard": True}  # fmt: skip
     # The older generation compiles the largest tiles only: what it has less of is shared memory.
     for shape, own in cases if capability == 90 else cases[:1]:
         options = {**defaults, **own}
-        param = torch.zeros(shape, dtype=options.pop("dtype", torch.float32))
-        param.grad = torch.ones_like(param)
-        layout = axes_layout(param, 0)
-        state = new_state(layout, options)
-        state["calls"] = 2
-        stack, usable = Stack([layout], [state], options, 0), torch.ones(1, dtype=torch.bool)
-        step.count_steps_([stack], [usable])
-        collectives.run([fused.take_step_(stack, usable)])
+        dtype, pairs = options.pop("dtype", torch.float32), []
+        # Of two phases: one refits, the other takes its moments within the step.
+        for phase in (0, 1):
+            param = torch.zeros(shape, dtype=dtype)
+            param.grad = torch.ones_like(param)
+            layout = axes_layout(param, 0)
+            state = new_state(layout, options)
+            state["calls"] = 2
+            pairs.append((Stack([layout], [state], options, phase), torch.ones(1, dtype=torch.bool)))
+        step.count_steps_([stack for stack, _ in pairs], [usable for _, usable in pairs])
+        collectives.run([fused.take_steps_(pairs)])
     return compiled
 
 

@@ -4,13 +4,14 @@ import os
 
 import pytest
 import torch
+from kernels import DEVICE, make_operands
 from torch import Tensor
 
-from butterfly_opt import fused, rotation
-from butterfly_opt.rotation import Rotation, orthogonalize
-from butterfly_opt.triton_kernels import refit, tiles
+from butterfly_opt import rotation
+from butterfly_opt.plan import make_plan
+from butterfly_opt.rotation import SHIFT, Rotation, orthogonalize
+from butterfly_opt.triton_kernels import refit, tables
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ORTHOGONAL = 2e-6
 """Largest entry of ``Q^T Q - I`` in float32."""
 CASES = [(3, 2, 2), (5, 64, 16), (31, 8, 2), (65, 64, 16), (20, 4, 4)]
@@ -18,13 +19,16 @@ if os.environ.get("BUTTERFLY_ALL_LENGTHS"):
     CASES += [(96, 16, 8), (127, 2, 2), (1000, 64, 16), (1000, 64, 32), (4097, 64, 16)]
 
 
+def refit_(ours: Rotation, weights: list[float], shift: float = SHIFT[torch.float32]) -> None:
+    operands = make_operands([ours, None], torch.zeros(ours.count, ours.plan.n, 1, device=DEVICE), weights)
+    refit.refit_(operands, axis=0, gate=tables.BEFORE, shift=shift)
+
+
 def factor(a: Tensor) -> Tensor:
     """The factor of ``A``, as one group whose second moment is A and whose matrix is the identity."""
     n = a.shape[-1]
-    stage = tiles.stage_tiles(((1, n),), n, 0, 0, DEVICE)
     q = torch.eye(n).view(1, -1).to(DEVICE)
-    usable = torch.ones(1, device=DEVICE)
-    refit.refit_stage_(q, a.float().reshape(1, -1).to(DEVICE), usable, stage, groups=1, lead=0, below=None, shift=0.0)
+    refit_(Rotation(make_plan(n, 64, 16), q, a.float().reshape(1, -1).to(DEVICE)), [1.0], shift=0.0)
     return q.view(n, n).cpu().double()
 
 
@@ -79,14 +83,12 @@ def test_refit_is_that_of_the_rotation(case, monkeypatch):
     matrices, moments = exact.matrices.float().to(DEVICE), exact.moments.float().to(DEVICE)
     exact.moments.copy_(moments)
     ours, before = Rotation(exact.plan, matrices, moments), (matrices.clone(), moments.clone())
-    version = matrices._version
     for _ in range(2 if n < 64 else 1):
-        fused._refit_(ours, torch.tensor([1.0, 0.0], device=DEVICE))
+        refit_(ours, [0.25, 0.0])
         exact.refit_(torch.tensor([True, False]))
     assert largest(ours.matrices.cpu() - exact.matrices) <= 1e-4
     assert largest(ours.moments.cpu() - exact.moments) <= 1e-5 * largest(exact.moments)
     assert torch.equal(ours.matrices[1], before[0][1]) and torch.equal(ours.moments[1], before[1][1])
-    assert ours.matrices._version > version, "Rotation.dense must notice"
 
 
 def test_repeated_refits_stay_orthogonal_and_find_eigenvectors():
@@ -94,17 +96,8 @@ def test_repeated_refits_stay_orthogonal_and_find_eigenvectors():
     basis = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0))).Q
     ours.moments.copy_((basis * 10.0 ** -torch.arange(5) @ basis.T).reshape(1, -1))
     for _ in range(8):
-        fused._refit_(ours, torch.ones(1, device=DEVICE))
+        refit_(ours, [1.0])
     q = ours.matrices.view(5, 5).cpu()
     assert largest(q.T @ q - torch.eye(5)) <= ORTHOGONAL
     # The rounding of C over its smallest gap, 1e-7 / 1e-4.
     assert largest((basis.T @ q).abs() - torch.eye(5)) <= 5e-3
-
-
-def test_unfit_tensors_are_refused():
-    stage = tiles.stage_tiles(((1, 3),), 3, 0, 0, DEVICE)
-    flat, usable = torch.zeros(1, 9, device=DEVICE), torch.ones(1, device=DEVICE)
-    with pytest.raises(ValueError, match=r"usable must be contiguous of shape \(1,\)"):
-        refit.refit_stage_(flat, flat, usable[:0], stage, groups=1, lead=0, below=None, shift=0.0)
-    with pytest.raises(TypeError, match=r"moments must be torch.float32"):
-        refit.refit_stage_(flat, flat.double(), usable, stage, groups=1, lead=0, below=None, shift=0.0)

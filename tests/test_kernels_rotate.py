@@ -1,4 +1,4 @@
-"""Tests of triton_kernels/rotate.py and tiles.py. Oracle: ``butterfly_opt.rotation.Rotation`` in float64.
+"""Tests of triton_kernels/rotate.py, tables.py and tiles.py. Oracle: ``butterfly_opt.rotation.Rotation`` in float64.
 
 Without a GPU the kernels run in Triton's interpreter. BUTTERFLY_ALL_LENGTHS=1 adds the lengths that take it minutes.
 """
@@ -7,14 +7,14 @@ import os
 
 import pytest
 import torch
+from kernels import DEVICE, make_operands, observe_
 from torch import Tensor
 
 from butterfly_opt import fused
 from butterfly_opt.plan import make_plan
-from butterfly_opt.rotation import Rotation
-from butterfly_opt.triton_kernels import rotate, tiles
+from butterfly_opt.rotation import Rotation, _apply
+from butterfly_opt.triton_kernels import rotate, tables, tiles
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 2e-6
 """Relative: float32 sums of up to 64 products a stage, in up to seven stages."""
 CASES = [(2, 64, 16), (3, 2, 2), (5, 2, 2), (31, 8, 2), (31, 3, 3), (64, 64, 16), (65, 64, 16), (96, 16, 8)]
@@ -48,20 +48,28 @@ def relative(ours: Tensor, exact: Tensor) -> float:
     return float((ours.cpu().double() - exact).norm() / exact.norm())
 
 
+def on_axis(rotation: Rotation, dim: int) -> list[Rotation | None]:
+    """A rotation of rows or of columns, and nothing of the other axis."""
+    return [rotation, None] if dim == -2 else [None, rotation]
+
+
 @pytest.mark.parametrize("dim", [-2, -1])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_stages_rotate_forth_and_back(case, dim):
+def test_later_stages_rotate_forth_and_back(case, dim):
+    """All values on the way forth, the direction alone on the way back."""
     exact = make_rotation(*case)
-    x = values_of(2, case[0], 5, dim, values=2)
-    u = x.clone().to(DEVICE)
-    stages = fused._stages(exact.plan, DEVICE)
-    for stage in stages:
-        rotate.rotate_stage_(u, on_kernels(exact).matrices, stage.tiles, stage.coordinates, dim=dim, transpose=True)
-    for ours, own in zip(u, x.double(), strict=True):
-        assert relative(ours, exact.to_rotated(own, dim=dim)) <= TOLERANCE
-    for stage in reversed(stages):
-        rotate.rotate_stage_(u, on_kernels(exact).matrices, stage.tiles, stage.coordinates, dim=dim, transpose=False)
-    assert relative(u, x.double()) <= TOLERANCE
+    x = values_of(2, case[0], 5, dim, values=2).to(DEVICE)
+    operands = make_operands(on_axis(on_kernels(exact), dim), x[0], [1.0, 1.0])
+    operands.values.copy_(x.flatten(1))
+    rotate.turn_(operands, axis=dim + 2, gate=tables.USABLE)
+    later = [(stage, [matrix.mT for matrix in matrices]) for stage, matrices in exact._stages[1:]]
+    for ours, own in zip(operands.values, x.cpu().double(), strict=True):
+        expected = _apply(later, own if dim == -2 else own.mT)
+        assert relative(ours.view_as(own), expected if dim == -2 else expected.mT) <= TOLERANCE
+    kept = operands.values[0].clone()
+    rotate.turn_(operands, axis=dim + 2, gate=tables.USABLE, back=True)
+    assert relative(operands.values[1].view_as(x[1]), x[1].cpu().double()) <= TOLERANCE
+    assert torch.equal(operands.values[0], kept)
 
 
 @pytest.mark.parametrize("dim", [-2, -1])
@@ -70,24 +78,23 @@ def test_moments_are_observed(case, dim):
     exact = make_rotation(*case)
     ours = on_kernels(exact)
     x = values_of(2, case[0], 70, dim)[0]
-    weights = torch.tensor([0.25, 0.0])
-    broken = x.clone()
+    broken = x.clone().to(DEVICE)
     broken[1] = torch.nan
-    fused._observe_(broken.to(DEVICE), ours, weights.to(DEVICE), dim=dim)
+    observe_(on_axis(ours, dim), broken, [0.25, 0.0])
     before = exact.moments.clone()
-    exact.observe_(x.double() if dim == -2 else x.double().mT, weights.double())
+    exact.observe_(x.double() if dim == -2 else x.double().mT, torch.tensor([0.25, 0.0]).double())
     assert relative(ours.moments, exact.moments) <= TOLERANCE
     assert torch.equal(ours.moments[1].cpu().double(), before[1]), "a weight of 0 changes nothing, whatever the values"
 
 
-def test_other_axis_may_be_rotated_before():
-    """The sums over an axis are the same when that axis is rotated: both axes are observed on one buffer."""
+def test_both_axes_are_observed_in_one_pass():
+    """The sums over an axis are the same when that axis is rotated."""
     row, column = make_rotation(24, 8, 2, count=1), make_rotation(40, 8, 4, count=1)
     ours, x = [on_kernels(row), on_kernels(column)], values_of(1, 24, 40, -2)[0]
-    buffer, weights = x.clone().to(DEVICE), torch.ones(1, device=DEVICE)
-    for rotation, dim in zip(ours, (-2, -1), strict=True):
-        fused._observe_(buffer, rotation, weights, dim=dim)
+    observe_(ours, x.to(DEVICE), [1.0])
+    row.observe_(x.double(), 1.0)
     column.observe_(x.double().mT, 1.0)
+    assert relative(ours[0].moments, row.moments) <= TOLERANCE
     assert relative(ours[1].moments, column.moments) <= TOLERANCE
 
 
@@ -95,12 +102,12 @@ def test_other_axis_may_be_rotated_before():
 def test_chunks_are_added_in_one_order(others, monkeypatch):
     """However many programs share a tile, and twice the same bits."""
     exact = make_rotation(20, 8, 2, count=1)
-    x, weights = values_of(1, 20, others, -2)[0], torch.ones(1, device=DEVICE)
+    x = values_of(1, 20, others, -2)[0].to(DEVICE)
     found = []
     for programs in (1, 1000, 1000):
         monkeypatch.setattr(tiles, "MANY_PROGRAMS", programs)
         ours = on_kernels(exact)
-        fused._observe_(x.clone().to(DEVICE), ours, weights, dim=-2)
+        observe_([ours, None], x, [1.0])
         found.append(ours.moments)
     assert torch.equal(found[1], found[2])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
@@ -110,35 +117,29 @@ def test_chunks_are_added_in_one_order(others, monkeypatch):
     "runs, length", [([(3, 5)], 15), ([(2, 33), (1, 32)], 98), ([(5, 2)], 11), ([(40, 2), (1, 3)], 84)]
 )
 def test_tiles_cover_every_coordinate_once(runs, length):
-    cut = tiles.stage_tiles(tuple(runs), length, 7, 1, torch.device("cpu"))
-    seen = [start + i for start, total, *_ in cut.table.tolist() for i in range(total)]
+    width = tiles.width_of(length)
+    cut = tiles.stage_tiles(tuple(runs), length, 7, width).tolist()
+    seen = [start + i for start, total, *_ in cut for i in range(total)]
     assert seen == list(range(length))
-    assert all(total <= cut.width and total % size == 0 for _, total, _, size, _ in cut.table.tolist())
-    turned = sum(total * size for _, total, offset, size, _ in cut.table.tolist() if offset >= 0)
+    assert all(total <= width and total % size == 0 for _, total, _, size, _ in cut)
+    turned = sum(total * size for _, total, offset, size, _ in cut if offset >= 0)
     assert turned == sum(count * size**2 for count, size in runs)
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
-    rotation = on_kernels(make_rotation(5, 8, 2))
-    stage = fused._stages(rotation.plan, DEVICE)[0]
-    x = torch.zeros(1, 2, 5, 4, device=DEVICE)
-    options = {"dim": -2, "transpose": True}
-    with pytest.raises(TypeError, match=r"x must be torch.float32, got torch.float64; use butterfly_opt.rotation"):
-        rotate.rotate_stage_(x.double(), rotation.matrices, stage.tiles, None, **options)
-    with pytest.raises(ValueError, match=r"x must be contiguous of shape \(1, 2, 5, 4\)"):
-        rotate.rotate_stage_(x.mT.contiguous().mT, rotation.matrices, stage.tiles, None, **options)
-    with pytest.raises(ValueError, match=r"matrices must be contiguous of shape \(2, 25\)"):
-        rotate.rotate_stage_(x, rotation.matrices[:1], stage.tiles, None, **options)
+    state = torch.zeros(2, 5, 4, device=DEVICE)
+    with pytest.raises(TypeError, match=r"exp_avg must be torch.float32, got torch.float64; use backend='torch'"):
+        tiles.check(DEVICE, {"exp_avg": state.double()})
+    with pytest.raises(ValueError, match=r"exp_avg must be contiguous, got strides \(20, 1, 5\)"):
+        tiles.check(DEVICE, {"exp_avg": state.mT.contiguous().mT})
     with pytest.raises(ValueError, match="groups of at most 64, got 100; use backend='torch'"):
-        fused._stages(make_plan(100, 128, 32), DEVICE)
-    with pytest.raises(ValueError, match="moments"):
-        fused._moments(Rotation(rotation.plan, rotation.matrices))
+        fused._stages(make_plan(100, 128, 32), 64, DEVICE)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="the kernels need a CUDA device, got cpu; use"):
-        rotate.rotate_stage_(x.cpu(), rotation.matrices.cpu(), stage.tiles, None, **options)
+        tiles.check(torch.device("cpu"), {})
 
 
 def test_a_table_of_a_gpu_is_refused_in_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="cannot run on cuda under TRITON_INTERPRET=1"):
-        tiles.address_table([(0, 0, 0, 0)], torch.device("cuda"))
+        tiles.to_device(torch.zeros(1), torch.device("cuda"))

@@ -15,6 +15,7 @@ from butterfly_opt.collectives import run
 from butterfly_opt.layout import axes_layout, flat_layout
 from butterfly_opt.stack import Stack, new_state
 from butterfly_opt.triton_kernels import step as kernels
+from butterfly_opt.triton_kernels import tables
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,37 +52,43 @@ def make_stack(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32
     return stack, usable
 
 
-def operands_of(stack: Stack, usable: Tensor) -> kernels.Operands:
+def operands_of(stack: Stack, usable: Tensor) -> tables.Operands:
     stack.active = usable
     step.count_steps_([stack], [usable])
-    return fused._operands(stack, fused._source(stack), usable)
+    return fused._operands([fused._member(stack, usable)])
+
+
+async def take_fused_step_(stack: Stack, usable: Tensor) -> None:
+    await fused.take_steps_([(stack, usable)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("maximize, decay", [(False, 0.0), (True, 0.25)])
-def test_innovations(dtype, maximize, decay):
+def test_gradients_are_averaged(dtype, maximize, decay):
     stack, usable = make_stack([(5, 3), (5, 3)], dtype, maximize=maximize, weight_decay=decay)
     usable[1] = False
-    y = kernels.innovations(operands_of(stack, usable))
-    param = stack.layouts[0].owner
-    sign = -1.0 if maximize else 1.0
-    expected = sign * param.grad.double() + decay * param.double() - stack.averages["exp_avg"][0].double()
-    torch.testing.assert_close(y[0].double(), expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(y[1], torch.zeros_like(y[1]))
+    operands, before = operands_of(stack, usable), stack.averages["exp_avg"].clone()
+    kernels.forth_(operands, gate=tables.USABLE, step=True, observe=False)
+    param, after = stack.layouts[0].owner, stack.averages["exp_avg"]
+    gradient = (-1.0 if maximize else 1.0) * param.grad.double() + decay * param.double()
+    expected = before[0].double().lerp(gradient, stack.numbers.mean[0].double())
+    torch.testing.assert_close(after[0].double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(after[1], before[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (31,), (1025,), (3, 5), (65, 2)], ids=str)
 def test_write_rounds_once_and_decays(shape, dtype):
-    """A direction of known values: without rotation and with A = 0 it is sign(gbar) / 1."""
+    """A direction of known values, without rotation."""
     stack, usable = make_stack([shape], dtype, weight_decay=0.5, decoupled_weight_decay=True)
+    for _, rotation in stack.rotations:
+        rotation.matrices.copy_(rotation.identity(rotation.plan.n, block=8, lead=2).matrices)
     operands = operands_of(stack, usable)
     before = stack.layouts[0].owner.clone()
     change = torch.randn(before.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    plain = operands._replace(geometry=operands.geometry._replace(row_matrices=None, column_matrices=None))
-    plain.values[1].copy_((change / -0.5).view(plain.geometry.shape))
-    plain.flags.zero_()
-    kernels.back_(plain, plain.sums, stochastic=False, write=True)
+    operands.values[1].copy_((change / -0.5).view(-1))
+    operands.flags.zero_()
+    kernels.back_(operands, operands.sums, stochastic=False, write=True)
     after = stack.layouts[0].owner
     assert torch.equal(after, (before.float() * 0.75 + change).to(dtype))
     exact = before.double() * 0.75 + change.double()
@@ -96,7 +103,7 @@ def test_stochastic_rounding_has_the_bits_of_torch(size):
     before = stack.layouts[0].owner.clone()
     change = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     change[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])[:size]
-    operands.values[1].copy_((change / -0.5).view(operands.geometry.shape))
+    operands.values[1].copy_(change / -0.5)
     operands.flags.zero_()
     kernels.back_(operands, operands.sums, stochastic=True, write=True)
     step_of = stack.numbers.step.view(())
@@ -110,7 +117,7 @@ def test_nearest_is_to_even_and_keeps_what_is_not_finite():
     stack.layouts[0].owner.zero_()
     operands = operands_of(stack, usable)
     operands.numbers[:, 4] = 1.0  # the learning rate
-    operands.values[1, 0, 0].copy_(-exact)
+    operands.values[1].copy_(-exact)
     operands.flags.zero_()
     kernels.back_(operands, operands.sums, stochastic=False, write=True)
     assert torch.equal(stack.layouts[0].owner.nan_to_num(7.0), exact.bfloat16().to(DEVICE).nan_to_num(7.0))
@@ -124,7 +131,7 @@ def test_entries_without_a_gradient_are_not_moved(diagonal):
         zeroed[3, 4], zeroed[7] = 0.0, 0.0
     before = param.clone()
     operands_of(stack, usable)
-    run([fused.take_step_(stack, usable)])
+    run([take_fused_step_(stack, usable)])
     still = stack.averages["exp_avg"][0] == 0
     assert still.sum() == 14
     assert torch.equal(param == before, still)
@@ -135,7 +142,7 @@ def test_entries_without_a_gradient_are_not_moved(diagonal):
 def test_one_step_of_any_state_equals_torch(strides, diagonal):
     """Random averages, so that every coordinate of leaves and of later stages matters; skipped ones bit for bit."""
     found = []
-    for take_step_ in (step.take_step_, fused.take_step_):
+    for take_step_ in (step.take_step_, take_fused_step_):
         stack, usable = make_stack([(20, 13)] * 2, diagonal=diagonal)
         stack.counters["step"] += 9
         usable[1] = False
@@ -161,7 +168,7 @@ def test_one_step_of_any_state_equals_torch(strides, diagonal):
 def test_several_parameters_are_one_vector(diagonal):
     """``structure="flat"``, one of them without a gradient; from any state, since vectors have a rank of one."""
     found = []
-    for take_step_ in (step.take_step_, fused.take_step_):
+    for take_step_ in (step.take_step_, take_fused_step_):
         generator = torch.Generator().manual_seed(0)
         params = [torch.randn(shape, generator=generator).to(DEVICE) for shape in ((7, 3), (9,), (4,))]
         for param in params[:2]:
@@ -182,33 +189,33 @@ def test_several_parameters_are_one_vector(diagonal):
         assert (ours - reference).norm() <= 2e-5 * reference.norm()
 
 
-def test_a_table_is_built_again_only_when_an_address_changes():
+def test_tables_are_built_again_only_when_something_changes():
     stack, usable = make_stack([(4, 3)] * 2)
-    first = operands_of(stack, usable).addresses
-    assert operands_of(stack, usable).addresses is first
+    first = operands_of(stack, usable)
+    again = operands_of(stack, usable)
+    assert again.tables is first.tables and again.addresses is first.addresses
     stack.layouts[1].owner.grad = torch.ones(4, 3, device=DEVICE)
-    table = operands_of(stack, usable).addresses
+    moved = operands_of(stack, usable)
     grads = [layout.owner.grad.data_ptr() for layout in stack.layouts]
-    assert table is not first and table[:, 0].tolist() == grads
+    assert moved.tables is first.tables and moved.addresses[:, 0].tolist() == grads
     batch, usable = make_stack([(3, 4, 5)], batch_dims=1)
-    owner = batch.layouts[0].owner
-    rows = [[owner.grad.data_ptr() + 80 * i, owner.data_ptr() + 80 * i, 0, 20 * i] for i in range(3)]
-    assert operands_of(batch, usable).addresses.tolist() == rows
+    owner, operands = batch.layouts[0].owner, operands_of(batch, usable)
+    places = [20 * i for i in range(3)]
+    assert operands.addresses.tolist() == [[x.data_ptr() + 4 * i for x in (owner.grad, owner)] for i in places]
+    assert operands.tables.matrices[:, tables.MATRIX.index("position")].tolist() == places
+    members = [fused._member(own, own.active) for own in (stack, batch)]
+    assert fused._operands(members).tables is not first.tables
 
 
 @pytest.mark.parametrize("rows, columns", [(4096, 4096)])
 def test_bytes_of_a_step_are_within_their_bounds(rows, columns):
-    for diagonal, bound in (("innovation", 60), ("secant", 109)):
+    for diagonal, bound in (("innovation", 60), ("secant", 108)):
         found = fused.step_bytes(rows, columns, diagonal=diagonal)
-        assert found["observe"] <= 34
-        assert found["together"] - found["observe"] <= bound
+        assert found["moments"] <= 9
+        assert found["together"] - found["moments"] <= bound
 
 
-def test_unfit_operands_are_refused():
-    operands = operands_of(*make_stack([(4, 3)]))
+def test_unfit_gradients_are_refused():
+    operands = operands_of(*make_stack([(4, 3)]))._replace(dtypes=(torch.float64, torch.float32))
     with pytest.raises(TypeError, match=r"gradients must be one of torch.float32.*got torch.float64; use"):
-        kernels.forth_(operands._replace(dtypes=(torch.float64, torch.float32)))
-    with pytest.raises(ValueError, match=r"numbers must be contiguous of shape \(1, 8\)"):
-        kernels.innovations(operands._replace(numbers=operands.numbers[:, :7]))
-    with pytest.raises(TypeError, match=r"exp_avg must be torch.float32, got torch.float64"):
-        kernels.take_rest_(operands._replace(averages={"exp_avg": operands.averages["exp_avg"].double()}))
+        kernels.forth_(operands, gate=tables.USABLE, step=True, observe=False)

@@ -10,8 +10,8 @@ The factor is made by Householder reflections, as LAPACK's: accurate whatever th
 by its largest entry, which changes R alone, so that no square over- or underflows. Reflections of a block-diagonal
 matrix stay within its blocks, exactly: small groups share a program.
 
-Layout. Matrices and moments are ``(count, numel)`` as in ``butterfly_opt.plan.Plan.views``; changes are
-``(count, groups, lead, lead)``. All groups of a stage of all tensors are one launch; stages follow one another.
+Layout. Matrices and moments lie where the table of tiles says; changes are scratch, ``(lead, lead)`` a group. All
+groups of a stage of a list are one launch; stages follow one another.
 
 Dtypes. float32; products in full float32. Nothing is read on the host, and nothing depends on the run.
 
@@ -22,12 +22,12 @@ an entry. Profitable always: ``torch.linalg.qr`` of a batch is a loop over launc
 # mypy: allow-untyped-defs, allow-incomplete-defs
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import tiles
-from .tiles import _WIDE, PRECISION, Tiles, block_matrix, block_offsets
+from .tables import NUMBERS, Operands
+from .tiles import _WIDE, PRECISION, block_matrix, block_offsets, pointer
 
-_TORCH_REFIT = "butterfly_opt.rotation.Rotation.refit_"
+_N = tl.constexpr(len(NUMBERS))
 
 
 @triton.jit
@@ -58,84 +58,61 @@ def _orthogonal_factor(a, total, WIDTH: tl.constexpr):
     return q
 
 
-@triton.jit
-def _refit_kernel(matrices_ptr, moments_ptr, usable_ptr, below_ptr, change_ptr, table_ptr, numel, below_numel,
-                  change_numel, tiles_count, lead, shift, WIDTH: tl.constexpr, TRANSPORT: tl.constexpr,
-                  CHANGE: tl.constexpr):  # fmt: skip
-    """``refit_stage_`` of one tile."""
-    program = tl.program_id(0)
-    tile = program % tiles_count
-    tensor = (program // tiles_count).to(tl.int64)
-    if tl.load(usable_ptr + tensor) == 0:
+@triton.jit(do_not_specialize=["groups_ptr", "lead"])
+def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, gate, lead, shift, WIDTH: tl.constexpr,
+                  TRANSPORT: tl.constexpr, CHANGE: tl.constexpr):  # fmt: skip
+    """One tile."""
+    groups_ptr += tl.program_id(0) * 5
+    if tl.load(numbers_ptr + tl.load(groups_ptr).to(tl.int64) * _N + gate) == 0:
         return
-    offsets, inside, size = block_offsets(table_ptr, tile, WIDTH)
-    total = tl.load(table_ptr + tile * _WIDE + 1).to(tl.int32)
-    matrices_ptr += tensor * numel
-    moments_ptr += tensor * numel
-    before = block_matrix(matrices_ptr, table_ptr, tile, WIDTH)
-    moment = tl.load(moments_ptr + offsets, mask=inside, other=0.0)
+    tile_ptr = tiles_ptr + tl.load(groups_ptr + 1) * _WIDE
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
+    offsets, inside, size = block_offsets(tile_ptr, i, j)
+    total = tl.load(tile_ptr + 1).to(tl.int32)
+    matrices_ptr = pointer(tile_ptr + 2, tl.float32, False) + offsets
+    moments_ptr = pointer(tile_ptr + 3, tl.float32, False) + offsets
+    before = block_matrix(tile_ptr, WIDTH)
+    moment = tl.load(moments_ptr, mask=inside, other=0.0)
     if TRANSPORT:
-        start = tl.load(table_ptr + tile * _WIDE)
         own = (i // lead == j // lead) & (i < total) & (j < total)
-        child = below_ptr + tensor * below_numel + start * lead + i // lead * lead * lead + i % lead * lead + j % lead
-        turn = tl.load(child, mask=own, other=0.0)
+        child = tl.load(tile_ptr + 7) + i // lead * lead * lead + i % lead * lead + j % lead
+        turn = tl.load(changes_ptr + child, mask=own, other=0.0)
         before = tl.dot(turn, before, input_precision=PRECISION)
         moment = tl.dot(turn, moment, input_precision=PRECISION)
         moment = tl.dot(moment, tl.trans(turn), input_precision=PRECISION)
-        tl.store(moments_ptr + offsets, moment, mask=inside)
+        tl.store(moments_ptr, moment, mask=inside)
     diagonal = tl.sum(tl.where(i == j, moment, 0.0), axis=0)
     trace = tl.sum(tl.where(i // size == j // size, diagonal[None, :], 0.0), axis=1)
     turned = tl.dot(moment, before, input_precision=PRECISION) + shift * trace[:, None] * before
     after = _orthogonal_factor(turned, total, WIDTH)
-    tl.store(matrices_ptr + offsets, after, mask=inside)
+    tl.store(matrices_ptr, after, mask=inside)
     if CHANGE:
         change = tl.dot(tl.trans(after), before, input_precision=PRECISION)
-        group = tl.load(table_ptr + tile * _WIDE + 4) + i // size
-        leading = inside & (i % size < lead) & (j % size < lead)
-        target = change_ptr + tensor * change_numel + group * lead * lead + i % size * lead + j % size
-        tl.store(target, change, mask=leading)
+        # The root's outputs go nowhere: its lead is 0.
+        goes_on = tl.load(tile_ptr + 5)
+        leading = inside & (i % size < goes_on) & (j % size < goes_on)
+        target = tl.load(tile_ptr + 6) + i // size * lead * lead + i % size * lead + j % size
+        tl.store(changes_ptr + target, change, mask=leading)
 
 
-def refit_stage_(
-    matrices: Tensor,
-    moments: Tensor,
-    usable: Tensor,
-    stage: Tiles,
-    *,
-    groups: int,
-    lead: int,
-    below: Tensor | None,
-    shift: float,
-) -> Tensor:
-    """One orthogonal iteration of every group of a stage, in place; equals that of ``Rotation.refit_``.
+def refit_(operands: Operands, *, axis: int, gate: int, shift: float) -> None:
+    """One orthogonal iteration of every group of an axis, from the leaves to the root, in place.
+
+    Equals ``butterfly_opt.rotation.Rotation.refit_``.
 
     Args:
-        matrices: float32 ``(count, numel)``, updated.
-        moments: float32, of the same shape, transported.
-        usable: float32 ``(count,)``; tensors where it is 0 stay as they are.
-        stage: its tiles.
-        groups: its number of groups.
-        lead: outputs of a group that go on; 0 in a full plan, which is not transported.
-        below: the changes of the stage before, ``(count, its groups, lead, lead)``; None for the first.
+        operands: of the step.
+        axis: 0 for rows, 1 for columns.
+        gate: the column of ``numbers`` that is 0 for matrices whose basis stays as it is.
         shift: added to the diagonal of a moment, over its trace.
-
-    Returns:
-        The changes of this stage, ``(count, groups, lead, lead)``; those of unusable tensors are not written.
-
-    Raises:
-        TypeError: if a tensor is not float32.
-        ValueError: if shapes or devices do not fit, a tensor is not contiguous, or no kernel can run there.
     """
-    count, numel = matrices.shape
-    named = {"matrices": (matrices, (count, numel)), "moments": (moments, (count, numel)), "usable": (usable, (count,))}
-    tiles.check(_TORCH_REFIT, matrices.device, **named)
-    change = matrices.new_empty(count, groups, lead, lead)
-    with tiles.on_device(matrices.device):
-        _refit_kernel[(count * len(stage),)](
-            matrices, moments, usable, change if below is None else below, change, stage.table, numel,
-            0 if below is None else below[0].numel(), groups * lead**2, len(stage), max(lead, 1), shift,
-            WIDTH=stage.width, TRANSPORT=below is not None, CHANGE=lead > 0, num_warps=4 if stage.width <= 32 else 8,
-        )  # fmt: skip
-    return change
+    tables = operands.tables
+    width, lead = tables.axes[axis].width, tables.axes[axis].lead
+    changes = operands.values.new_empty(max(1, tables.changes))
+    with tiles.on_device(changes.device):
+        for number, stage in enumerate(tables.passes[axis]):
+            _refit_kernel[(len(stage.groups),)](
+                tables.tiles, stage.groups, operands.numbers, changes, gate, max(lead, 1), shift, WIDTH=width,
+                TRANSPORT=number > 0 and lead > 0, CHANGE=lead > 0, num_warps=4 if width <= 32 else 8,
+            )  # fmt: skip

@@ -1,57 +1,64 @@
-"""One stage of a rotation, and the second moments of what enters it.
+"""A stage of the rotations of a list, and the second moments of what enters it.
 
 Formula, with ``B`` the matrix of a group and ``v`` its values:
 
-    rotate_stage_    v <- B^T v, or B v                     in place
-    observe_stage_   C <- (1 - weight) C + weight v v^T     summed over the other axis; then v <- B^T v if wanted
+    v <- B^T v, or B v                            in place
+    C <- (1 - weight) C + weight sum v v^T        v of the innovation, before it is turned
 
-Layout. ``x`` is ``(values, count, rows, columns)``, contiguous; either axis is rotated where it lies, by strides.
-Several values (innovation, average, displacement) share one read of the matrices, ``(count, numel)`` as in
-``butterfly_opt.plan.Plan.views``. A program takes a tile of groups and some chunks of the other axis.
+Layout. Values lie in the scratch of ``tables.Operands``; either axis is rotated where it lies, by strides. Several
+values (innovation, average, displacement) share one read of the matrices. A program takes a tile of groups and some
+chunks of the other axis. The leaves are turned and observed by ``step.forth_``.
 
-Dtypes. float32; products in full float32. Results do not depend on the run: sums over chunks are
-written for each program and added in one order, without atomics.
+Dtypes. float32; products in full float32. Results do not depend on the run: sums over chunks are written for each
+program and added in one order, without atomics.
 
-Cost. Rotating reads and writes the coordinates of the stage, 8 bytes each; observing reads and writes them (the last
-stage only reads), and one matrix for each program. Profitable at every size: one launch (two to observe) a stage.
+Cost. Reads and writes the coordinates of the stage, 8 bytes each; one matrix and one partial moment for each program.
+Profitable at every size: one launch a stage, and one an axis for its moments.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import tiles
-from .tiles import PRECISION, Tiles, block_matrix, block_offsets, coordinates
+from .tables import MATRIX, NUMBERS, Operands
+from .tiles import _WIDE, PRECISION, block_matrix, block_offsets, coordinates, pointer, store_moment
 
-_TORCH_ROTATE = "butterfly_opt.rotation.Rotation.to_rotated"
-_TORCH_OBSERVE = "butterfly_opt.rotation.Rotation.observe_"
+_M = tl.constexpr(len(MATRIX))
+_N = tl.constexpr(len(NUMBERS))
 
 
-@triton.jit
-def _stage_kernel(x_ptr, matrices_ptr, table_ptr, index_ptr, partial_ptr, numel, count, values, others, columns, volume,
-                  tiles_count, splits, chunks_each, WIDTH: tl.constexpr, OTHER: tl.constexpr, COLUMNS: tl.constexpr,
-                  INDEXED: tl.constexpr, TURN: tl.constexpr, BACK: tl.constexpr, OBSERVE: tl.constexpr):  # fmt: skip
-    """Chunks ``[split chunks_each, ...)`` of one tile; ``COLUMNS`` if the last axis is the rotated one."""
-    program = tl.program_id(0)
-    split = program % splits
-    tile = program // splits % tiles_count
-    tensor = (program // splits // tiles_count).to(tl.int64)
-    own, exists = coordinates(table_ptr, tile, WIDTH, False)
-    if INDEXED:
-        own = tl.load(index_ptr + own, mask=exists, other=0)
-    if TURN:
-        matrix = block_matrix(matrices_ptr + tensor * numel, table_ptr, tile, WIDTH)
-        # Rows are multiplied from the left, columns from the right.
-        if COLUMNS == BACK:
-            matrix = tl.trans(matrix)
-    if OBSERVE:
-        moment = tl.zeros((WIDTH, WIDTH), tl.float32)
-    first = split * chunks_each
-    for step in range(first * values, tl.minimum(first + chunks_each, tl.cdiv(others, OTHER)) * values):
+@triton.jit(do_not_specialize=["values"])
+def _stage_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, partial_ptr, gate, values, volume,
+                  WIDTH: tl.constexpr, OTHER: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr,
+                  BACK: tl.constexpr, OBSERVE: tl.constexpr):  # fmt: skip
+    """One tile and some chunks; ``COLUMNS`` if the last axis is the rotated one."""
+    programs_ptr += tl.program_id(0) * 4
+    matrix = tl.load(programs_ptr).to(tl.int64)
+    if tl.load(numbers_ptr + matrix * _N + gate) == 0:
+        return
+    tile_ptr = tiles_ptr + tl.load(programs_ptr + 1) * _WIDE
+    matrix_ptr = matrices_ptr + matrix * _M
+    start = tl.load(matrix_ptr + 5)
+    columns = tl.load(matrix_ptr + 6)
+    if EVEN:
+        start = tl.multiple_of(start, 16)
+        columns = tl.multiple_of(columns, 16)
+    values_ptr += start
+    others = columns
+    if COLUMNS:
+        others = tl.load(matrix_ptr + 7) // columns
+    place, exists = coordinates(tile_ptr, WIDTH, False)
+    own = tl.load(pointer(tile_ptr + 8, tl.int64, False) + place, mask=exists, other=0)
+    turn = block_matrix(tile_ptr, WIDTH)
+    # Rows are multiplied from the left, columns from the right.
+    if COLUMNS == BACK:
+        turn = tl.trans(turn)
+    moment = tl.zeros((WIDTH, WIDTH), tl.float32)
+    first = tl.load(programs_ptr + 2)
+    for step in range(first * values, tl.load(programs_ptr + 3) * values):
         other = step // values * OTHER + tl.arange(0, OTHER)
-        base_ptr = x_ptr + (step % values).to(tl.int64) * volume + tensor * (volume // count)
+        base_ptr = values_ptr + (step % values).to(tl.int64) * volume
         if COLUMNS:
             offsets = other[:, None].to(tl.int64) * columns + own[None, :]
             mask = (other < others)[:, None] & exists[None, :]
@@ -59,132 +66,71 @@ def _stage_kernel(x_ptr, matrices_ptr, table_ptr, index_ptr, partial_ptr, numel,
             offsets = own[:, None] * columns + other[None, :]
             mask = exists[:, None] & (other < others)[None, :]
         x = tl.load(base_ptr + offsets, mask=mask, other=0.0)
-        if OBSERVE:
-            if COLUMNS:
-                moment += tl.dot(tl.trans(x), x, input_precision=PRECISION)
-            else:
-                moment += tl.dot(x, tl.trans(x), input_precision=PRECISION)
-        if TURN:
-            if COLUMNS:
-                x = tl.dot(x, matrix, input_precision=PRECISION)
-            else:
-                x = tl.dot(matrix, x, input_precision=PRECISION)
-            tl.store(base_ptr + offsets, x, mask=mask)
+        if OBSERVE and step % values == 0:
+            left, right = (tl.trans(x), x) if COLUMNS else (x, tl.trans(x))
+            moment += tl.dot(left, right, input_precision=PRECISION)
+        left, right = (x, turn) if COLUMNS else (turn, x)
+        x = tl.dot(left, right, input_precision=PRECISION)
+        tl.store(base_ptr + offsets, x, mask=mask)
     if OBSERVE:
-        lanes = tl.arange(0, WIDTH)
-        partial_ptr += program.to(tl.int64) * (WIDTH * WIDTH)
-        tl.store(partial_ptr + lanes[:, None] * WIDTH + lanes[None, :], moment)
+        store_moment(partial_ptr, moment, WIDTH)
 
 
 @triton.jit
-def _average_kernel(moments_ptr, partial_ptr, weights_ptr, table_ptr, numel, tiles_count, splits,
-                    WIDTH: tl.constexpr):  # fmt: skip
-    """Adds the partial moments of one tile and takes them into its ``C``."""
-    program = tl.program_id(0)
-    tile = program % tiles_count
-    tensor = (program // tiles_count).to(tl.int64)
-    weight = tl.load(weights_ptr + tensor)
+def _average_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+                    AHEAD: tl.constexpr):  # fmt: skip
+    """Adds the partial moments of one tile and takes them into its ``C``: a slice of the entries."""
+    groups_ptr += tl.program_id(0) * 5
+    weight = tl.load(numbers_ptr + tl.load(groups_ptr).to(tl.int64) * _N + gate)
     if weight == 0:
         return
-    lanes = tl.arange(0, WIDTH)
-    partial_ptr += program.to(tl.int64) * splits * (WIDTH * WIDTH)
-    entries = lanes[:, None] * WIDTH + lanes[None, :]
-    moment = tl.zeros((WIDTH, WIDTH), tl.float32)
-    for split in range(splits):
-        moment += tl.load(partial_ptr + split * (WIDTH * WIDTH) + entries)
-    offsets, inside, _ = block_offsets(table_ptr, tile, WIDTH)
-    target = moments_ptr + tensor * numel + offsets
+    entries = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    i = entries // WIDTH
+    j = entries % WIDTH
+    # Of a partial moment the upper half is written.
+    partial_ptr += tl.where(i < j, entries, j * WIDTH + i)[None, :]
+    first = tl.load(groups_ptr + 2)
+    distance = tl.load(groups_ptr + 3)
+    count = tl.load(groups_ptr + 4)
+    moment = tl.zeros((SLICE,), tl.float32)
+    for start in range(0, count, AHEAD):
+        number = start + tl.arange(0, AHEAD)[:, None]
+        place = (first + number * distance).to(tl.int64) * (WIDTH * WIDTH)
+        moment += tl.sum(tl.load(partial_ptr + place, mask=number < count, other=0.0), axis=0)
+    tile_ptr = tiles_ptr + tl.load(groups_ptr + 1) * _WIDE
+    offsets, inside, _ = block_offsets(tile_ptr, i, j)
+    target = pointer(tile_ptr + 3, tl.float32, False) + offsets
     before = tl.load(target, mask=inside, other=0.0)
     tl.store(target, before + weight * (moment - before), mask=inside)
 
 
-def rotate_stage_(
-    x: Tensor, matrices: Tensor, stage: Tiles, index: Tensor | None, *, dim: int, transpose: bool
-) -> None:
-    """``v <- B v`` for every group of a stage, or ``B^T v`` with ``transpose``, in place.
+def turn_(
+    operands: Operands, *, axis: int, gate: int, back: bool = False, observed: int | None = None
+) -> None:  # fmt: skip
+    """``v <- B^T v`` for every stage of an axis but the leaves, in place, or ``B v`` from the root down with ``back``.
 
-    Equals one step of ``butterfly_opt.rotation.Rotation.from_rotated``, or ``to_rotated``.
-
-    Args:
-        x: float32 ``(values, count, rows, columns)``, contiguous.
-        matrices: float32 ``(count, numel)`` of all stages.
-        stage: its tiles.
-        index: int64, the coordinates of the groups one after the other; None for ``0, 1, ...``.
-        dim: the rotated axis, -2 or -1.
-        transpose: apply the inverse.
-
-    Raises:
-        TypeError: if a tensor is not float32.
-        ValueError: if shapes or devices do not fit, a tensor is not contiguous, or no kernel can run there.
-    """
-    tiles.check(_TORCH_ROTATE, x.device, x=(x, tuple(x.shape)), matrices=(matrices, (x.shape[1], matrices.shape[-1])))
-    _run(x, matrices, None, stage, index, dim=dim, turn=True, back=not transpose)
-
-
-def observe_stage_(
-    x: Tensor,
-    matrices: Tensor,
-    moments: Tensor,
-    weights: Tensor,
-    stage: Tiles,
-    index: Tensor | None,
-    *,
-    dim: int,
-    turn: bool,
-) -> None:
-    """``C <- (1 - weight) C + weight v v^T`` for every group of a stage; equals that of ``Rotation.observe_``.
+    Equals steps of ``butterfly_opt.rotation.Rotation.to_rotated``, or ``from_rotated``; and ``observe_``, of the leaves
+    too, whose partial moments ``step.forth_`` has taken.
 
     Args:
-        x: float32 ``(count, rows, columns)``, contiguous, rotated by the stages before.
-        matrices: float32 ``(count, numel)``.
-        moments: float32, of the same shape, updated.
-        weights: float32 ``(count,)``; where it is 0, nothing is written, whatever ``x`` holds.
-        stage: its tiles.
-        index: int64, the coordinates of the groups; None for ``0, 1, ...``.
-        dim: the rotated axis, -2 or -1.
-        turn: then ``v <- B^T v`` in ``x``, for the next stage.
-
-    Raises:
-        TypeError: if a tensor is not float32.
-        ValueError: if shapes or devices do not fit, a tensor is not contiguous, or no kernel can run there.
+        operands: all its values are turned; with ``back`` the direction alone.
+        axis: 0 for rows, 1 for columns.
+        gate: the column of ``numbers`` that is 0 for matrices to be left out.
+        back: apply the inverse.
+        observed: the column that holds the weights of the innovation in the second moments; None for none.
     """
-    like = (x.shape[0], matrices.shape[-1])
-    named = {"matrices": (matrices, like), "moments": (moments, like), "weights": (weights, (x.shape[0],))}
-    tiles.check(_TORCH_OBSERVE, x.device, x=(x, tuple(x.shape)), **named)
-    partial, splits = _run(x[None], matrices, moments, stage, index, dim=dim, turn=turn, back=False)
-    with tiles.on_device(x.device):
-        _average_kernel[(x.shape[0] * len(stage),)](
-            moments, partial, weights, stage.table, matrices.shape[-1], len(stage), splits, WIDTH=stage.width
-        )
-
-
-def _run(
-    x: Tensor,
-    matrices: Tensor,
-    moments: Tensor | None,
-    stage: Tiles,
-    index: Tensor | None,
-    *,
-    dim: int,
-    turn: bool,
-    back: bool,
-) -> tuple[Tensor, int]:
-    """Launches a stage; returns the partial moments and their number a tile."""
-    values, count, rows, columns = x.shape
-    others = columns if dim == -2 else rows
-    width = tiles.other_width(others)
-    chunks = -(-others // width)
-    splits = min(chunks, -(-tiles.MANY_PROGRAMS // (count * len(stage))))
-    chunks_each = -(-chunks // splits)
-    splits = -(-chunks // chunks_each)
-    programs = count * len(stage) * splits
-    partial = matrices if moments is None else torch.empty(programs, stage.width, stage.width, device=x.device)
-    with tiles.on_device(x.device):
-        _stage_kernel[(programs,)](
-            x, matrices, stage.table, stage.table if index is None else index, partial, matrices.shape[-1], count,
-            values, others, columns, count * rows * columns, len(stage), splits, chunks_each, WIDTH=stage.width,
-            OTHER=width,
-            COLUMNS=dim == -1, INDEXED=index is not None, TURN=turn, BACK=back, OBSERVE=moments is not None,
-            num_warps=8 if stage.width == tiles.MAX_BLOCK else 4, num_stages=1,
-        )  # fmt: skip
-    return partial, splits
+    tables, values = operands.tables, operands.values[1:2] if back else operands.values
+    width, other, later = tables.axes[axis].width, tables.axes[1 - axis].width, tables.passes[axis][1:]
+    partials, entries = operands.partials[axis], min(width**2, 1024)
+    with tiles.on_device(values.device):
+        for stage in reversed(later) if back else later:
+            _stage_kernel[(len(stage.programs),)](
+                tables.matrices, tables.tiles, stage.programs, operands.numbers, values, partials[stage.first :], gate,
+                len(values), tables.volume, WIDTH=width, OTHER=other, EVEN=operands.even, COLUMNS=axis == 1, BACK=back,
+                OBSERVE=observed is not None, num_warps=8 if width == tiles.MAX_BLOCK else 4, num_stages=1,
+            )  # fmt: skip
+        if observed is not None:
+            _average_kernel[(len(tables.groups[axis]), width**2 // entries)](
+                tables.tiles, tables.groups[axis], operands.numbers, partials, observed, WIDTH=width, SLICE=entries,
+                AHEAD=8,
+            )  # fmt: skip

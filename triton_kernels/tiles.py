@@ -1,11 +1,9 @@
-"""How an axis is cut into tiles, and what every launch needs: pointer tables, checks, the number of programs.
+"""How an axis is cut into tiles, and what every launch needs: addresses, checks, the number of programs.
 
 Layout. A *tile* of an axis is a set of at most ``width`` coordinates, whole groups of one size: one group, or as many
 as fit. A kernel reads their matrices as one block-diagonal ``(width, width)`` matrix, so that groups of 2 and of 64 are
-one product each. ``width`` is a power of two >= 16, as ``tl.dot`` needs it; what lies beyond a group is masked.
-
-Addresses. Parameters and gradients are separate tensors: a launch reads int64 ``(count, 4)`` rows of the addresses of
-a tensor's gradient and parameter, its stream of random numbers, and the position of its first element in the parameter.
+one product each. ``width`` is a power of two >= 16, as ``tl.dot`` needs it, the same for every stage of an axis; what
+lies beyond a group is masked.
 """
 
 import contextlib
@@ -32,6 +30,9 @@ VECTOR_WIDTH = 1024
 MANY_PROGRAMS = 528
 """Programs that fill a device: four for each of the 132 multiprocessors of an H100."""
 
+MAX_CHUNKS = 8
+"""Chunks a program takes where there are more than enough: it writes one partial moment for all of them."""
+
 PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 """Products as accurate as float32, whatever torch's global setting says. Three TF32 products (relative error 1.7e-7 of
 ``B_r^T X B_c`` in emulation, float32 2.5e-7) need the registers of one tile; ``ieee`` unrolls 64 x 64 x 64
@@ -40,103 +41,94 @@ multiply-adds and spills up to 11 KiB a thread, as compiled for compute capabili
 ALL = 1 << 30
 """``lead`` of an axis whose outputs all go on."""
 
-_COLUMNS = 5
-_WIDE = tl.constexpr(_COLUMNS)
+TILE = ("start", "total", "matrix", "moment", "size", "lead", "change", "below", "index")
+"""An int64 row of the table of tiles: first coordinate (from the second stage on, its place in ``index``), coordinates,
+addresses of the matrices and second moments of its first group (0: not rotated), size of a group, outputs of a group
+that a later stage turns again, where the changes of its groups and of their children are (``refit``), address of the
+coordinates of its stage."""
+
+_WIDE = tl.constexpr(len(TILE))
 
 
-class Tiles(NamedTuple):
-    """The tiles of a stage, or of an axis that is not rotated.
+class Stage(NamedTuple):
+    """A stage of a rotation, or all of an axis that is not rotated.
 
     Attributes:
-        table: int64 ``(tiles, 5)``: first coordinate (or its place in the stage's index), coordinates, first number
-            of the matrices (-1: not rotated), size of a group, number of the first group.
-        width: coordinates a tile has room for.
-        even: every tile is full and starts at a multiple of 16, so that accesses are 16 bytes wide.
-        lead: outputs of a group that a later stage turns again.
+        tiles: int64 ``(tiles, 5)`` on the CPU: start, total, first number of the matrices (-1: not rotated), size of a
+            group, number of the first group.
+        groups: their number.
+        lead: outputs of a group that a later stage turns again: 0, a number, or ALL.
+        coordinates: int64 on the device, those of the groups one after the other; None for ``0, 1, ...``.
     """
 
-    table: Tensor
-    width: int
-    even: bool
+    tiles: Tensor
+    groups: int
     lead: int
-
-    def __len__(self) -> int:
-        """Number of tiles."""
-        return len(self.table)
+    coordinates: Tensor | None
 
 
 @functools.lru_cache(maxsize=4096)
-def stage_tiles(runs: Sequence[tuple[int, int]], length: int, offset: int, lead: int, device: torch.device) -> Tiles:
-    """The tiles of a stage.
+def stage_tiles(runs: Sequence[tuple[int, int]], length: int, offset: int, width: int) -> Tensor:
+    """The tiles of a stage, see ``Stage``.
 
     Args:
         runs: number and size of its groups.
         length: coordinates to cover; those that no group has are left as they are.
         offset: first number of the stage's matrices in those of a rotation.
-        lead: outputs of a group that a later stage turns again: 0, a number, or ALL.
-        device: of the table.
+        width: coordinates a tile has room for.
 
     Raises:
         ValueError: if a group is larger than MAX_BLOCK.
     """
-    largest = max(size for _, size in runs)
+    largest = max((size for _, size in runs), default=1)
     if largest > MAX_BLOCK:
         raise ValueError(f"the kernels take groups of at most {MAX_BLOCK}, got {largest}; use backend='torch'")
-    width = _power_of_two(max(largest, min(length, MAX_BLOCK)))
     start, first, parts = 0, 0, []
     for count, size in runs:
         groups = torch.arange(0, count, width // size)
         starts, left, offsets = start + groups * size, (count - groups) * size, offset + groups * size**2
-        parts.append(_rows(starts, left, offsets, size, first + groups, width))
+        parts.append(_rows(starts, left.clamp_max(width // size * size), offsets, size, first + groups))
         start, first, offset = start + count * size, first + count, offset + count * size**2
     if start < length:
         rest = torch.arange(start, length, width)
-        parts.append(_rows(rest, length - rest, torch.full_like(rest, -1), 1, torch.zeros_like(rest), width))
-    return _tiles(torch.cat(parts), width, lead, device)
+        parts.append(_rows(rest, (length - rest).clamp_max(width), torch.full_like(rest, -1), 1, 0 * rest))
+    return torch.cat(parts)
 
 
-@functools.lru_cache(maxsize=4096)
-def plain_tiles(length: int, width: int, device: torch.device) -> Tiles:
-    """The tiles of an axis that is not rotated, of at most ``width`` coordinates each."""
-    starts = torch.arange(0, length, width)
-    table = _rows(starts, length - starts, torch.full_like(starts, -1), 1, torch.zeros_like(starts), width)
-    return _tiles(table, width, 0, device)
+def _rows(starts: Tensor, totals: Tensor, offsets: Tensor, size: int, firsts: Tensor) -> Tensor:
+    return torch.stack([starts, totals, offsets, torch.full_like(starts, size), firsts], dim=1)
 
 
-def _rows(starts: Tensor, left: Tensor, offsets: Tensor, size: int, firsts: Tensor, width: int) -> Tensor:
-    total = left.clamp_max(width // size * size)
-    return torch.stack([starts, total, offsets, torch.full_like(starts, size), firsts], dim=1)
+def width_of(length: int) -> int:
+    """Coordinates a tile of an axis has room for: a power of two."""
+    return max(MIN_WIDTH, 1 << (min(length, MAX_BLOCK) - 1).bit_length())
 
 
-def _tiles(table: Tensor, width: int, lead: int, device: torch.device) -> Tiles:
-    even = bool(((table[:, 0] % 16 == 0) & (table[:, 1] == width)).all())
-    return Tiles(table.to(device), width, even, lead)
+def share(work: int) -> int:
+    """Of so many pieces of work, those that one program takes."""
+    return max(1, min(MAX_CHUNKS, work // MANY_PROGRAMS))
 
 
-def _power_of_two(value: int) -> int:
-    """The smallest power of two >= ``value`` and MIN_WIDTH."""
-    return max(MIN_WIDTH, 1 << (value - 1).bit_length())
-
-
-def other_width(length: int) -> int:
-    """Coordinates a program takes of the axis that it does not rotate."""
-    return min(MAX_BLOCK, _power_of_two(length))
-
-
-def address_table(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    """The rows on the device, without waiting for it.
+def to_device(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows of the host on a device, without waiting for it.
 
     Raises:
         ValueError: for a CUDA device under Triton's interpreter, which sees copies of the tensors.
     """
-    if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type != "cuda":
+        return rows
+    if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError(f"the kernels cannot run on {device} under TRITON_INTERPRET=1; unset it or use CPU tensors")
+    return rows.pin_memory().to(device, non_blocking=True)
+
+
+def address_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """The rows on the device, without waiting for it; raises as ``to_device``."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A captured copy would read the host's memory again at each replay: numbers of a launch stay what they are.
         numbers = [torch.full((), number, dtype=torch.int64, device=device) for row in rows for number in row]
-        return torch.stack(numbers).view(len(rows), 4)
-    host = torch.tensor(rows)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        return torch.stack(numbers).view(len(rows), -1)
+    return to_device(torch.tensor(rows), device)
 
 
 def can_launch_on(device: torch.device) -> bool:
@@ -144,23 +136,20 @@ def can_launch_on(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def check(function: str, device: torch.device, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Checks named float32 tensors against the shapes they need; ``function`` is the torch equivalent to name.
+def check(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Checks that kernels can run on the device, and on what lies there.
 
     Raises:
-        TypeError: if one is not float32.
-        ValueError: if a shape, a device or the contiguity is wrong, or kernels cannot run there.
+        TypeError: if the state is not float32.
+        ValueError: if it is not contiguous, or kernels cannot run there.
     """
     if not can_launch_on(device):
-        raise ValueError(f"the kernels need a CUDA device, got {device}; use {function}")
-    for name, (tensor, shape) in tensors.items():
+        raise ValueError(f"the kernels need a CUDA device, got {device}; use backend='torch'")
+    for name, tensor in state.items():
         if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} must be torch.float32, got {tensor.dtype}; use {function}")
-        if tensor.shape != shape or tensor.device != device or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous of shape {shape} on {device}, got shape {tuple(tensor.shape)} with strides "
-                f"{tensor.stride()} on {tensor.device}; use {function}"
-            )
+            raise TypeError(f"{name} must be torch.float32, got {tensor.dtype}; use backend='torch'")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; use backend='torch'")
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -169,41 +158,53 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 
 
 @triton.jit
-def coordinates(table_ptr, tile, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+def pointer(entry_ptr, DTYPE: tl.constexpr, EVEN: tl.constexpr):
+    """The pointer whose address a table holds; ``EVEN``: a multiple of 16."""
+    found = tl.load(entry_ptr).to(tl.pointer_type(DTYPE))
+    if EVEN:
+        found = tl.multiple_of(found, 16)
+    return found
+
+
+@triton.jit
+def coordinates(tile_ptr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """The coordinates of a tile, and which of them exist."""
     lanes = tl.arange(0, WIDTH)
-    start = tl.load(table_ptr + tile * _WIDE)
+    start = tl.load(tile_ptr)
     if EVEN:
         # A constant mask and a known alignment: accesses of 16 bytes.
         return tl.multiple_of(start, 16) + lanes, tl.full((WIDTH,), 1, tl.int32) != 0
-    return start + lanes, lanes < tl.load(table_ptr + tile * _WIDE + 1)
+    return start + lanes, lanes < tl.load(tile_ptr + 1)
 
 
 @triton.jit
-def goes_on(table_ptr, tile, lead, WIDTH: tl.constexpr):
+def goes_on(tile_ptr, WIDTH: tl.constexpr):
     """Which outputs of a tile a later stage turns again."""
-    size = tl.load(table_ptr + tile * _WIDE + 3).to(tl.int32)
-    return tl.arange(0, WIDTH) % size < lead
+    return tl.arange(0, WIDTH) % tl.load(tile_ptr + 4).to(tl.int32) < tl.load(tile_ptr + 5)
 
 
 @triton.jit
-def block_offsets(table_ptr, tile, WIDTH: tl.constexpr):
-    """Where the entries of a tile's block-diagonal matrix lie, which of them exist, and the size of a block."""
-    row_ptr = table_ptr + tile * _WIDE
-    total = tl.load(row_ptr + 1).to(tl.int32)
-    offset = tl.load(row_ptr + 2)
-    size = tl.load(row_ptr + 3).to(tl.int32)
-    i = tl.arange(0, WIDTH)[:, None]
-    j = tl.arange(0, WIDTH)[None, :]
-    inside = (i // size == j // size) & (i < total) & (j < total) & (tl.zeros_like(i) + offset >= 0)
-    return offset + i // size * size * size + i % size * size + j % size, inside, size
+def block_offsets(tile_ptr, i, j):
+    """Where entries i, j of a tile's block-diagonal matrix lie, which of them exist, and the size of a block."""
+    total = tl.load(tile_ptr + 1).to(tl.int32)
+    size = tl.load(tile_ptr + 4).to(tl.int32)
+    inside = (i // size == j // size) & (i < total) & (j < total) & (tl.zeros_like(i) + tl.load(tile_ptr + 2) != 0)
+    return i // size * size * size + i % size * size + j % size, inside, size
 
 
 @triton.jit
-def block_matrix(matrices_ptr, table_ptr, tile, WIDTH: tl.constexpr):
+def block_matrix(tile_ptr, WIDTH: tl.constexpr):
     """The block-diagonal matrix of a tile, ``(WIDTH, WIDTH)``; ones on the diagonal where nothing is rotated."""
-    offsets, inside, _ = block_offsets(table_ptr, tile, WIDTH)
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
-    rests = (i == j) & (tl.zeros_like(i) + tl.load(table_ptr + tile * _WIDE + 2) < 0)
-    return tl.where(rests, 1.0, tl.load(matrices_ptr + offsets, mask=inside, other=0.0))
+    offsets, inside, _ = block_offsets(tile_ptr, i, j)
+    rests = (i == j) & (tl.zeros_like(i) + tl.load(tile_ptr + 2) == 0)
+    return tl.where(rests, 1.0, tl.load(pointer(tile_ptr + 2, tl.float32, False) + offsets, mask=inside, other=0.0))
+
+
+@triton.jit
+def store_moment(partial_ptr, moment, WIDTH: tl.constexpr):
+    """The upper half of the partial second moment of this program; it is symmetric."""
+    i = tl.arange(0, WIDTH)[:, None]
+    j = tl.arange(0, WIDTH)[None, :]
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * (WIDTH * WIDTH) + i * WIDTH + j, moment, mask=i <= j)

@@ -344,6 +344,8 @@ def _fraction_lines(report: Report) -> list[str]:
     """Final losses of shortened runs against Adam's at full length."""
     suite = report.suite
     fractions = sorted({*suite.fractions, 1.0})
+    if fractions == [1.0]:
+        return []
     rows = []
     for task in suite.tasks:
         adam = report.adam(task)
@@ -389,13 +391,15 @@ def format_report(report: Report, *, notes: Sequence[str]) -> str:
     """The Markdown report; `notes` are printed at the top (what was skipped)."""
     suite = report.suite
     device = torch.device("cuda" if suite.device == "cuda" else "cpu")
+    rate = "the rate that the suite gives"
+    if suite.lr_grid.max_points > 1:
+        rate = f"its best rate of a grid searched with the first {suite.lr_grid.seeds} of them"
     lines = [
         "# Comparison",
         "",
         f"{describe_environment(device)}, {os.cpu_count()} CPUs, one thread a run; butterfly_opt {code_digest()}. "
-        f"Seeds {suite.seeds}; medians over the seeds with [min, max]; each optimizer at its best rate of a grid "
-        f"searched with the first {suite.lr_grid.seeds} of them. Steps are gradient evaluations, over those after "
-        "which Adam itself stays at its final loss; Adam is the best of "
+        f"Seeds {suite.seeds}; medians over the seeds with [min, max]; each optimizer at {rate}. Steps are gradient "
+        "evaluations, over those after which Adam itself stays at its final loss; Adam is the best of "
         f"{', '.join(suite.baselines)} on each task; the target is {suite.target}.",
         "",
         *(f"{note}\n" for note in notes),

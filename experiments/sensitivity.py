@@ -220,8 +220,9 @@ def draw(series: Series, path: Path) -> None:
     from experiments.paper_files import add_legend, new_figure  # matplotlib is slow to import, for every worker too
 
     names = list(dict.fromkeys(name for name, _ in series))
-    columns = -(-len(names) // 2)
-    figure, axes = new_figure(2, columns, width=2.7 * columns, height=6.0)
+    rows = 1 if len(names) < 3 else 2
+    columns = -(-len(names) // rows)
+    figure, axes = new_figure(rows, columns, width=max(4.0, 2.7 * columns), height=1.0 + 2.8 * rows)
     for place in axes.flat[len(names) :]:
         place.remove()
     ratios = [effect.ratio for line in series.values() for _, effect in line if 0 < effect.ratio < math.inf]

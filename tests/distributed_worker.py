@@ -110,6 +110,7 @@ def main() -> None:
     report["uneven"] = uneven_replicas_differ()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")
+    dist.barrier()  # gloo's threads may abort where one process leaves while another still works
     dist.destroy_process_group()
 
 

@@ -66,6 +66,13 @@ class History:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
+    def add(self, loss: Tensor, gradient: Iterable[Tensor]) -> Tensor:
+        """Takes in an evaluation; returns the gradient as one vector."""
+        flat = torch.cat([part.flatten() for part in gradient])
+        self.losses.append(loss.item())
+        self.norms.append(flat.norm().item())
+        return flat
+
     def evaluations(self) -> int | None:
         """Gradient evaluations to the target; None if it was not met."""
         return next((i for i, norm in enumerate(self.norms, 1) if norm < TARGET * self.norms[0]), None)
@@ -89,9 +96,7 @@ def run(problem: Problem, make: Make, evaluations: int) -> History:
         optimizer.zero_grad()
         loss = problem.loss()
         loss.backward()
-        gradient = torch.cat([param.grad.flatten() for param in problem.params if param.grad is not None])
-        history.losses.append(loss.item())
-        history.norms.append(gradient.norm().item())
+        history.add(loss, [param.grad for param in problem.params if param.grad is not None])
         return loss
 
     with contextlib.suppress(EnoughError):
@@ -111,10 +116,7 @@ def run_bfgs(problem: Problem, evaluations: int) -> History:
             for param, part in zip(problem.params, torch.from_numpy(theta).split(sizes), strict=True):
                 param.copy_(part.view_as(param))
         loss = problem.loss()
-        gradient = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, problem.params)])
-        history.losses.append(loss.item())
-        history.norms.append(gradient.norm().item())
-        return loss.item(), gradient.numpy()
+        return loss.item(), history.add(loss, torch.autograd.grad(loss, problem.params)).numpy()
 
     start = torch.cat([param.detach().flatten() for param in problem.params]).numpy()
     with contextlib.suppress(EnoughError):

@@ -16,11 +16,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from scipy.sparse.linalg import LinearOperator, cg
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
-from butterfly_opt import probe_inverse
+from butterfly_opt.operators import SymmetricOperator
+from experiments import uses_preconditioner
 from experiments.paper_models import Objective, digits_objectives
+from experiments.uses_model import damped, probed
 
 HIDDEN = (256, 128)
 L2 = 1e-3
@@ -54,25 +56,10 @@ class LargeRow:
     cosine: float
 
 
-def probed(
-    train: Objective, theta: Tensor, probes: int, block: int, lead: int, seed: int
-) -> Callable[[float], Inverse]:
-    """``probe_inverse``, by damping."""
-    fit = probe_inverse(
-        lambda vectors: train.product(theta, vectors.T).T,
-        train.n,
-        probes=probes,
-        block=block,
-        lead=lead,
-        generator=torch.Generator().manual_seed(seed),
-        dtype=theta.dtype,
-    )
-
-    def damped(damping: float) -> Inverse:
-        inverse = fit.operator.inverse().shifted(damping).inverse()
-        return inverse.__matmul__
-
-    return damped
+def by_damping(make: Callable[[], SymmetricOperator]) -> Callable[[float], Inverse]:
+    """An estimate of ``H^-1``, made here, by damping."""
+    estimate = make()
+    return lambda damping: damped(estimate, damping).__matmul__
 
 
 def identity() -> Callable[[float], Inverse]:
@@ -103,20 +90,15 @@ def kronecker(train: Objective, theta: Tensor, name: str) -> Callable[[float], I
     )
     operator @ torch.zeros(train.n, dtype=theta.dtype)  # the factors are computed at the first product
 
-    def damped(damping: float) -> Inverse:
+    def inverse_at(damping: float) -> Inverse:
         inverse = curvlinops.KFACInverseLinearOperator(operator, damping=damping + train.l2, use_exact_damping=True)
         return lambda vector: torch.as_tensor(inverse @ vector)
 
-    return damped
+    return inverse_at
 
 
 def solve(train: Objective, theta: Tensor, damping: float, right: Tensor, inverse: Inverse) -> tuple[Tensor, int]:
     """Conjugate gradients from zero; the solution and the number of iterations."""
-    count = 0
-
-    def callback(solution: object) -> None:
-        nonlocal count
-        count += 1
 
     def operator(product: Inverse) -> LinearOperator:
         def matvec(x: object) -> object:
@@ -125,10 +107,7 @@ def solve(train: Objective, theta: Tensor, damping: float, right: Tensor, invers
         return LinearOperator((train.n, train.n), matvec=matvec, dtype=right.numpy().dtype)
 
     system = operator(lambda vector: train.product(theta, vector[None])[0] + damping * vector)
-    solution, code = cg(system, right.numpy(), rtol=RTOL, maxiter=LIMIT, M=operator(inverse), callback=callback)
-    if code:
-        raise RuntimeError(f"cg did not converge in {LIMIT} iterations")
-    return torch.from_numpy(solution), count
+    return uses_preconditioner.solve(system, right, operator(inverse), rtol=RTOL, limit=LIMIT)
 
 
 def large(*, block: int, lead: int, seed: int, hidden: tuple[int, ...] = HIDDEN, limit: int = 400) -> list[LargeRow]:
@@ -146,7 +125,8 @@ def large(*, block: int, lead: int, seed: int, hidden: tuple[int, ...] = HIDDEN,
     right = test.gradient(theta)
     sources: dict[str, Callable[[], Callable[[float], Inverse]]] = {"none": identity}
     for k in PROBES:
-        sources[f"probe_inverse, {k}"] = partial(probed, train, theta, k, block=block, lead=lead, seed=seed)
+        probe = partial(probed, train, theta, probes=k, block=block, lead=lead, seed=seed)
+        sources[f"probe_inverse, {k}"] = partial(by_damping, probe)
     if importlib.util.find_spec("curvlinops"):
         for name in ("KFAC", "EKFAC"):
             sources[name] = partial(kronecker, train, theta, name)
@@ -161,8 +141,8 @@ def large(*, block: int, lead: int, seed: int, hidden: tuple[int, ...] = HIDDEN,
     print("|---|---|---|---|---|---|")
     rows = []
     for damping in DAMPINGS:
-        for name, (damped, seconds) in made.items():
-            inverse = damped(damping)
+        for name, (inverse_at, seconds) in made.items():
+            inverse = inverse_at(damping)
             solution, count = solve(train, theta, damping, right, inverse)
             guess = inverse(right)
             error = (torch.linalg.norm(guess - solution) / torch.linalg.norm(solution)).item()

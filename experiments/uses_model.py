@@ -55,15 +55,16 @@ def fitted(model: Trained, *, block: int, lead: int, seed: int) -> RotatedDiagon
     return fit_inverse(pairs, block=block, lead=lead).operator
 
 
-def probed(model: Trained, *, probes: int, block: int, lead: int, seed: int) -> RotatedDiagonal:
+def probed(objective: Objective, theta: Tensor, *, probes: int, block: int, lead: int, seed: int) -> RotatedDiagonal:
     """``probe_inverse``: few products, no matrix of order n anywhere."""
     generator = torch.Generator().manual_seed(seed)
 
     def product(vectors: Tensor) -> Tensor:
-        return model.train.product(model.theta, vectors.T).T
+        return objective.product(theta, vectors.T).T
 
-    n = model.train.n
-    fit = probe_inverse(product, n, probes=probes, block=block, lead=lead, generator=generator, dtype=torch.float64)
+    fit = probe_inverse(
+        product, objective.n, probes=probes, block=block, lead=lead, generator=generator, dtype=theta.dtype
+    )
     return fit.operator
 
 
@@ -91,7 +92,7 @@ def all_estimates(model: Trained, *, block: int, lead: int, seed: int) -> dict[s
     return {
         "diagonal": diagonal(model.hessian),
         "Butterfly optimizer": from_optimizer(model, **plan),
-        **{f"probe_inverse, {k}": probed(model, probes=k, **plan, seed=seed) for k in PROBES},
+        **{f"probe_inverse, {k}": probed(model.train, model.theta, probes=k, **plan, seed=seed) for k in PROBES},
         "fit_inverse, radix 2": fitted(model, block=2, lead=2, seed=seed),
         "fit_inverse, wide": fitted(model, **plan, seed=seed),
     }

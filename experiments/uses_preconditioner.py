@@ -33,8 +33,15 @@ class PreconditionerRow:
     iterations: int
 
 
-def iterations(system: LinearOperator, right: Tensor, preconditioner: SymmetricOperator | None) -> int:
-    """Runs ``cg`` from zero.
+def solve(
+    system: LinearOperator,
+    right: Tensor,
+    preconditioner: LinearOperator | None,
+    *,
+    rtol: float = RTOL,
+    limit: int = LIMIT,
+) -> tuple[Tensor, int]:
+    """Runs ``cg`` from zero; the solution and the number of iterations.
 
     Raises:
         RuntimeError: it did not converge.
@@ -45,11 +52,15 @@ def iterations(system: LinearOperator, right: Tensor, preconditioner: SymmetricO
         nonlocal count
         count += 1
 
-    M = None if preconditioner is None else preconditioner.to_scipy()
-    _, code = cg(system, right.numpy(), rtol=RTOL, maxiter=LIMIT, M=M, callback=callback)
+    solution, code = cg(system, right.numpy(), rtol=rtol, maxiter=limit, M=preconditioner, callback=callback)
     if code:
-        raise RuntimeError(f"cg did not converge in {LIMIT} iterations")
-    return count
+        raise RuntimeError(f"cg did not converge in {limit} iterations")
+    return torch.from_numpy(solution), count
+
+
+def iterations(system: LinearOperator, right: Tensor, preconditioner: SymmetricOperator | None) -> int:
+    """The iterations of ``solve``; raises as that."""
+    return solve(system, right, None if preconditioner is None else preconditioner.to_scipy())[1]
 
 
 def matrices(n: int, seed: int) -> dict[str, Tensor]:

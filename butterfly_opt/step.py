@@ -59,11 +59,12 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
         param_avg, disp_sq, cross = (averages[name] for name in ("param_avg", "disp_sq", "cross"))
         s = parameters(stack) - param_avg
         param_avg.addcmul_(s, n.mean)
+        # Of the step before: no pass over the tensor has to end before a direction can be taken.
+        means = await stack.means(disp_sq, cross.abs())
         u, m, w = await stack.to_rotated(y, ahead, s)
         average_product_(energy, u, u, n.square)
         average_product_(disp_sq, w, w, n.pair)
         average_product_(cross, u, w, n.pair)
-        means = await stack.means(disp_sq, cross.abs())
         energy = regress(energy, disp_sq, cross, beta2=options["betas"][1], step=n.step, means=means).energy
     scale = torch.addcmul(energy, m, m).sqrt_().add_(n.floor)
     change = (await stack.from_rotated(m.div_(scale))).mul_(-n.lr)

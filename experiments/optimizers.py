@@ -105,14 +105,15 @@ def build_optimizer(
 
 
 def build_optimizers(config: Component, model: nn.Module) -> list[Optimizer]:
-    """The optimizers that together train the model: one, except for `Muon`.
+    """The optimizers that together train the model: one, except for Muon.
 
-    `torch.optim.Muon` takes matrices only: embeddings and what is no matrix get Adam with the same learning rate.
+    `torch.optim.Muon`, and `Float32Muon`, take matrices only: embeddings and what is no matrix get Adam with the same
+    learning rate.
 
     Raises:
         ConfigError: as `build_optimizer`.
     """
-    if config.name not in ("Muon", "torch.optim.Muon"):
+    if config.name.rpartition(".")[2] not in ("Muon", "Float32Muon"):
         return [build_optimizer(config, model.parameters())]
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters = list(model.parameters())

@@ -38,7 +38,7 @@ OPTIMIZERS = {
     "Adam": Component("Adam"),
     "Butterfly": Component("Butterfly"),
     "SOAP": Component("pytorch_optimizer.SOAP"),
-    "Muon": Component("Muon"),
+    "Muon": Component("experiments.variants.Float32Muon"),
 }
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)

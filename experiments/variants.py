@@ -1,6 +1,6 @@
-"""Butterfly without one of its parts, for ablations: by name as any optimizer, `experiments.variants.X`.
+"""Optimizers with one piece replaced, by name as any optimizer: `experiments.variants.X`.
 
-Each takes the step of `Butterfly` itself, with one piece of it replaced meanwhile.
+`Butterfly` without one of its parts, for ablations, and a Muon that a CPU can run.
 """
 
 from __future__ import annotations
@@ -51,3 +51,12 @@ class ZeroMovingButterfly(Butterfly):
             param.grad = grad.masked_fill(grad == 0, NEGLIGIBLE * grad.abs().amax())
         super().step()
         return loss
+
+
+class Float32Muon(torch.optim.Muon):
+    """`torch.optim.Muon` whose products are in float32: CPUs without bfloat16 emulate them at twenty times the time."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step in which a matrix that should become bfloat16 is copied."""
+        with mock.patch.object(Tensor, "bfloat16", Tensor.clone):
+            return super().step(closure)

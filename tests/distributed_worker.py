@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from butterfly_opt import Butterfly
 
-REPLICA_STEPS, LONG_STEPS, SMOOTH_STEPS, CONTROL_STEPS = 200, 1000, 20, 5
+REPLICA_STEPS, LONG_STEPS, SMOOTH_STEPS, CONTROL_STEPS = 200, 400, 20, 5
 MODES: dict[str, dict[str, Any]] = {
     "axes, innovation": {},
     "axes, secant, several stages": {"diagonal": "secant", "block": 4, "lead": 2},

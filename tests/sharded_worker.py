@@ -37,6 +37,9 @@ from butterfly_opt import Butterfly, sharding
 SMALL: dict[str, Any] = {"lr": 0.01, "block": 8, "lead": 2}
 """Small blocks: small shards then have stages of their own."""
 
+STEPS = 24
+"""Of a run: a start, and refits in every second step."""
+
 SHAPES = [(40, 12), (30, 20), (9, 24), (3, 5), (17,), (24, 16)]
 """Equal, uneven, short and (on four processes) empty shards."""
 
@@ -102,15 +105,15 @@ def segments(shapes: list[tuple[int, ...]], mesh_shape: tuple[int, ...], placeme
 def distance_from_one_process(
     shapes: Any, mesh_shape: Any, placements: Any, *, most: int = SMALL["lead"], **options: Any
 ) -> tuple[float, float]:
-    """Largest difference to the run of one process with the same plan over 50 steps, and its largest motion."""
+    """Largest difference to the run of one process with the same plan, and its largest motion."""
     mesh, weights = init_device_mesh("cpu", mesh_shape), start(shapes)
-    params, _ = sharded_run(weights, mesh, placements, 50, **options)
+    params, _ = sharded_run(weights, mesh, placements, STEPS, **options)
     found = [p.detach().full_tensor() for p in params]
     if dist.get_rank():
         return 0.0, 0.0
     with pytest.MonkeyPatch.context() as patch:
         rotate_in_segments(patch, segments(shapes, mesh_shape, placements), most=most)
-        alone = whole_run(weights, 50, **options)
+        alone = whole_run(weights, STEPS, **options)
     largest = max((a - b).abs().max().item() for a, b in zip(found, alone, strict=True))
     return largest, max((a - b).abs().max().item() for a, b in zip(weights, alone, strict=True))
 
@@ -147,7 +150,7 @@ def replicas_differ() -> int:
     """Numbers in which replicas of shards differ, in float32 with noise of their own rounding."""
     mesh = init_device_mesh("cpu", (2, 2))
     placements = [Replicate(), Shard(0)]
-    own = local_tensors(*sharded_run(start(SHAPES, torch.float32), mesh, placements, 50, diagonal="secant"))
+    own = local_tensors(*sharded_run(start(SHAPES, torch.float32), mesh, placements, STEPS, diagonal="secant"))
     flat = torch.cat([tensor.flatten().double() for tensor in own])
     gathered = [torch.empty_like(flat) for _ in range(2)]
     dist.all_gather(gathered, flat, group=mesh.get_group(0))

@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import scipy.stats
 import torch
 from torch import nn
 
+import butterfly_opt
 from experiments import compare, optimizers, parallel, problems
 from experiments import measure as measuring
 from experiments.config import Component, ConfigError, DatasetConfig
@@ -29,7 +31,7 @@ from experiments.measure import Result, Store, measure, smooth, take_step
 from experiments.problems import Poisson, build_problem
 from experiments.report import COLUMNS, Report, Spread, format_report, paired_test, time_to_level
 from experiments.sequence_models import Transformer
-from experiments.suite import LrGrid, Run, Suite, build_run, load_suite, plan, search_rates
+from experiments.suite import USES, LrGrid, Run, Suite, build_run, load_suite, plan, search_rates
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
@@ -367,6 +369,27 @@ def test_a_result_counts_for_its_configuration(tiny: Path, monkeypatch: pytest.M
     assert keys()[1] != butterfly
 
 
+@pytest.mark.parametrize("diagonal", ["innovation", "secant", "newton"])
+def test_a_step_calls_no_module_that_its_digest_leaves_out(diagonal: str) -> None:
+    package, called = Path(butterfly_opt.__file__).parent, set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if Path(frame.f_code.co_filename).parent == package:
+            called.add(Path(frame.f_code.co_filename).stem)
+
+    param = nn.Parameter(torch.randn(4, 3))
+    optimizer = butterfly_opt.Butterfly([param], diagonal=diagonal, backend="torch")
+    sys.setprofile(note)
+    try:
+        for _ in range(4):
+            param.grad = torch.randn(4, 3)
+            optimizer.step()
+    finally:
+        sys.setprofile(None)
+    assert "step" in called
+    assert not called & USES
+
+
 def test_overrides_of_one_task_win(tiny: Path) -> None:
     tiny.write_text(TINY.replace("poisson:\n    problem:", "other:\n    problem:"), encoding="utf-8")
     suite = load_suite(tiny, ["tasks.digits.problem.dataset.root=/b", "dataset.root=/a", "dataset.name=mnist"])
@@ -524,12 +547,25 @@ def test_regression_inputs_have_the_condition() -> None:
     assert float(deviations[0] / deviations[-1]) == pytest.approx(1e4, rel=0.05)
 
 
-def test_muon_gets_the_matrices_only() -> None:
+@pytest.mark.parametrize("name", ["Muon", "experiments.variants.Float32Muon"])
+def test_muon_gets_the_matrices_only(name: str) -> None:
     model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 5), nn.Conv2d(1, 2, 3))
-    muon, adam = optimizers.build_optimizers(Component("Muon", {"lr": 0.1}), model)
+    muon, adam = optimizers.build_optimizers(Component(name, {"lr": 0.1}), model)
     assert [tuple(item.shape) for item in muon.param_groups[0]["params"]] == [(5, 4)]
     assert sorted(item.ndim for item in adam.param_groups[0]["params"]) == [1, 1, 2, 4]
     assert (type(adam).__name__, adam.param_groups[0]["lr"]) == ("Adam", 0.1)
+
+
+def test_float32_muon_is_muon() -> None:
+    params = [nn.Parameter(torch.zeros(8, 6)) for _ in range(2)]
+    gradient = torch.randn(8, 6)
+    for param, name in zip(params, ("Muon", "experiments.variants.Float32Muon"), strict=True):
+        optimizer = optimizers.build_optimizer(Component(name, {"lr": 1.0, "weight_decay": 0.0}), [param])
+        param.grad = gradient.clone()
+        optimizer.step()
+    bfloat16, float32 = (param.detach() for param in params)
+    torch.testing.assert_close(float32, bfloat16, rtol=0, atol=0.03)
+    assert not torch.equal(float32, bfloat16)
 
 
 class Averaging(torch.optim.SGD):

@@ -23,7 +23,7 @@ from butterfly_opt.sharding import heads, inner_plan, row_numbers, share_bounds
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 SAME_PLAN_TOLERANCE = 1e-9
-"""Over 50 steps in float64: sums are taken in another order."""
+"""In float64: sums are taken in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_shards_step_as_one_process_with_the_same_plan(reports: dict[str, Any], 
     assert len(found) == {"2": 4, "4": 5}[processes]
     for name, (distance, motion) in found.items():
         assert distance <= SAME_PLAN_TOLERANCE, name
-        assert motion > 0.5, name
+        assert motion > 0.1, name
 
 
 def test_replicas_of_shards_stay_bit_identical(reports: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ way of a list, one launch each:
                       direction of the coordinates that no later stage turns, second moments of what enters the leaves
     later stages      of one axis after the other, in place, all rotated vectors together, with their second moments
     moments           of all stages, averaged
-    rest              averages and direction of all others (secant: sums, then directions)
+    rest              averages and direction of all others; secant: the means of B and |C| for the next step
     later stages      from the root back
     back              the leaves backwards, the exact-zero rule, decay, rounding, the parameters
 
@@ -16,7 +16,8 @@ The first fit (eigenvectors) is left to torch. So are gradients and parameters t
 several parameters in one tensor (``structure="flat"``), other strides (channels_last), gradients of several dtypes:
 ``step.gradients``, ``step.parameters`` and ``step.write_`` gather and scatter them, about 20 bytes a parameter more.
 
-Results do not depend on the run; they agree with torch's to rounding.
+Results do not depend on the run; they agree with torch's to rounding. The means are kept from step to step beside the
+tables, and taken of the averages where those are not as the step before left them.
 """
 
 from collections import defaultdict
@@ -74,11 +75,22 @@ class Member(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Tables of a list, and the stacks and addresses that they were made of."""
+    """What is kept of a list from step to step.
+
+    Attributes:
+        stacks: of the list.
+        tables: of the stacks.
+        means: of B and |C| of each matrix.
+        versions: of B and C when these were their means.
+        rows: addresses of gradients and parameters.
+        addresses: the same, on the device.
+    """
 
     stacks: list[ref[Stack]]
-    rows: list[tuple[int, int]]
     tables: tables.Tables
+    means: Tensor
+    versions: list[int]
+    rows: list[tuple[int, int]]
     addresses: Tensor
 
 
@@ -97,8 +109,10 @@ async def take_steps_(pairs: Sequence[tuple[Stack, Tensor]]) -> None:
         ValueError: if a group of a rotation is larger than MAX_BLOCK, or no kernel can run on the device.
         TypeError: if the state is not float32.
     """
-    for members in _lists([_member(*pair) for pair in pairs]):
-        _step_list_(members)
+    # Triton launches on the current GPU.
+    with torch.cuda.device_of(pairs[0][1]):
+        for members in _lists([_member(*pair) for pair in pairs]):
+            _step_list_(members)
 
 
 def _member(stack: Stack, usable: Tensor) -> Member:
@@ -150,13 +164,14 @@ def _step_list_(members: Sequence[Member]) -> None:
             refit.refit_(operands, axis=axis, gate=tables.BEFORE, shift=SHIFT[torch.float32])
     within = tables.WITHIN if tables.WITHIN in observed else None
     _forth_(operands, tables.USABLE, is_step=True, observed=within)
-    sums = kernels.take_rest_(operands)
+    kernels.take_rest_(operands)
     for axis in operands.tables.rotated:
         rotate.turn_(operands, axis=axis, gate=tables.USABLE, back=True)
     options, gathered = members[0].stack.options, members[0].gathered
     stochastic = options["stochastic_rounding"] and operands.dtypes[1] == torch.bfloat16
-    kernels.back_(operands, sums, stochastic=stochastic, write=not gathered)
-    changed = [] if gathered else [param for own in members for param in own.parameters]
+    kernels.back_(operands, stochastic=stochastic, write=not gathered)
+    changed = [average for own in members for average in own.part.averages.values()]
+    changed += [] if gathered else [param for own in members for param in own.parameters]
     changes = operands.values[0].split([own.stack.averages["exp_avg"].numel() for own in members])
     for own, change in zip(members, changes, strict=True):
         if gathered:
@@ -165,6 +180,7 @@ def _step_list_(members: Sequence[Member]) -> None:
             # Rotation.dense notices new matrices by their version.
             changed += [x for axis in own.part.axes for x in (axis.matrices, axis.moments) if x is not None]
     torch.autograd.graph.increment_version(changed)
+    _KNOWN[members[0].stack].versions[:] = _versions(members)
 
 
 def _start_(own: Member) -> None:
@@ -197,7 +213,8 @@ def _operands(members: Sequence[Member]) -> tables.Operands:
         # What kernels leave out is no change.
         values=values.zero_() if first.gathered else values,
         flags=new(len(made.programs), dtype=torch.int32),
-        sums=new(len(made.programs), 2),
+        means=known.means,
+        sums=new(len(made.programs), 2, dtype=torch.float64),
         partials=[
             new(count if observed else 0, axis.width, axis.width)
             for count, axis in zip(made.partials, made.axes, strict=True)
@@ -229,16 +246,31 @@ def _numbers(members: Sequence[Member]) -> Tensor:
 
 
 def _known(members: Sequence[Member]) -> Known:
-    """The tables of the step before; those of addresses anew if one has changed, all if other stacks step."""
+    """What the step before left; addresses anew if one has changed, all if other stacks step."""
     rows, stacks = [row for own in members for row in own.rows], [ref(own.stack) for own in members]
     first, device = members[0].stack, members[0].usable.device
     known = _KNOWN.get(first)
     if known is None or known.stacks != stacks:
         made = tables.make_tables([own.part for own in members], device)
-        known = _KNOWN[first] = Known(stacks, rows, made, tiles.address_table(rows, device))
+        means = torch.zeros(len(made.matrices), 2, device=device)
+        known = _KNOWN[first] = Known(stacks, made, means, [], rows, tiles.address_table(rows, device))
     elif known.rows != rows:
         known = _KNOWN[first] = known._replace(rows=rows, addresses=tiles.address_table(rows, device))
+    if known.versions != _versions(members):
+        # In float64, as the kernels add them up: a resumed run goes on with the same bits.
+        means = [[x.abs().mean((1, 2), dtype=torch.float64) for x in pair] for pair in _pairs(members)]
+        known.means.copy_(torch.cat([torch.stack(own, dim=1) for own in means]))
     return known
+
+
+def _pairs(members: Sequence[Member]) -> list[tuple[Tensor, Tensor]]:
+    """B and C of each stack, where they are kept."""
+    averages = [own.part.averages for own in members]
+    return [(own["disp_sq"], own["cross"]) for own in averages if "cross" in own]
+
+
+def _versions(members: Sequence[Member]) -> list[int]:
+    return [average._version for pair in _pairs(members) for average in pair]
 
 
 def _part(stack: Stack) -> tables.Part:
@@ -309,28 +341,25 @@ def step_bytes(
             if dim in rotated]  # fmt: skip
     final, later, moments = 1.0, 0.0, 0.0
     for plan, other in axes:
-        width, each = tiles.width_of(other), tiles.width_of(other)
+        width = tiles.width_of(other)
         for stage in plan.stages:
             # Half a moment for each tile of a leaf, and for some chunks of a later stage, is written and read.
-            share = sum(run.span for run in stage.runs) / plan.n
-            moments += 4 * share * (tiles.width_of(plan.n) + 1) / each
-            later += 8 * share if stage is not plan.stages[0] else 0.0
-            each = width * tiles.MAX_CHUNKS
+            share, is_leaf = sum(run.span for run in stage.runs) / plan.n, stage is plan.stages[0]
+            moments += 4 * share * (tiles.width_of(plan.n) + 1) / (width if is_leaf else width * tiles.MAX_CHUNKS)
+            later += 0.0 if is_leaf else 8 * share
         moments += 8 * plan.numel / (rows * columns)
         final *= 1 - sum(run.span for stage in plan.stages[1:2] for run in stage.runs) / plan.n
     of_leaves = sum(4 * run.numel / (rows * columns) for plan, _ in axes for run in plan.stages[0].runs)
     of_later = sum(4 * plan.numel / (rows * columns) for plan, _ in axes) - of_leaves
-    others, secant = 1 - final, diagonal == "secant"
-    if secant:
-        forth, rest, back = 2 * itemsize + 20 + final * 24 + others * 8, others * 52, final * 16 + others * 4
-    else:
-        forth, rest, back = itemsize + 8 + final * 12 + others * 8, others * 20, 4
+    # Vectors that are averaged, u and w; and averages of their products: A, B and C.
+    vectors, products = (2, 3) if diagonal == "secant" else (1, 1)
+    others = 1 - final
     found = {
-        "forth": forth + of_leaves,
+        "forth": vectors * (itemsize + 8 + others * 4) + final * products * 8 + 4 + of_leaves,
         "moments": moments,
-        "later stages": (3 if secant else 2) * later + of_later,
-        "rest": rest,
+        "later stages": (vectors + 1) * later + of_later,
+        "rest": others * (vectors * 4 + products * 8 + 8),
         "later stages back": later + of_later,
-        "back": 2 * itemsize + back + of_leaves,
+        "back": 2 * itemsize + 4 + of_leaves,
     }
     return {**found, "together": sum(found.values())}

@@ -42,7 +42,8 @@ def make_operands(
         numbers=numbers,
         values=gradient.new_zeros(values, made.volume),
         flags=torch.zeros(len(made.programs), dtype=torch.int32, device=DEVICE),
-        sums=gradient.new_zeros(len(made.programs), 2),
+        means=gradient.new_zeros(count, 2),
+        sums=torch.zeros(len(made.programs), 2, dtype=torch.float64, device=DEVICE),
         partials=[
             gradient.new_zeros(number, axis.width, axis.width) for number, axis in zip(made.partials, axes, strict=True)
         ],

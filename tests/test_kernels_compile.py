@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-KERNELS = {"_forth_kernel", "_rest_kernel", "_sums_kernel", "_back_kernel", "_stage_kernel", "_average_kernel",
+KERNELS = {"_forth_kernel", "_rest_kernel", "_means_kernel", "_back_kernel", "_stage_kernel", "_average_kernel",
            "_refit_kernel"}  # fmt: skip
 
 

@@ -109,26 +109,13 @@ def _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, DECAY: tl
 
 
 @triton.jit
-def _average(average_ptr, offsets, product, weight, mask):
+def _average(entry_ptr, offsets, product, weight, mask, EVEN: tl.constexpr):
     """``average <- average + weight (product - average)``; returns it, 0 where the mask is."""
-    average = tl.load(average_ptr + offsets, mask=mask, other=0.0)
+    average_ptr = pointer(entry_ptr, tl.float32, EVEN) + offsets
+    average = tl.load(average_ptr, mask=mask, other=0.0)
     average += weight * (product - average)
-    tl.store(average_ptr + offsets, average, mask=mask)
+    tl.store(average_ptr, average, mask=mask)
     return tl.where(mask, average, 0.0)
-
-
-@triton.jit
-def _average_pairs(matrix_ptr, offsets, u, w, weight, mask, sums_ptr, EVEN: tl.constexpr, ADD: tl.constexpr):
-    """B and C of a tile; their sums are written for the program, or added to those of its first launch."""
-    disp_sq = _average(pointer(matrix_ptr + 3, tl.float32, EVEN), offsets, w * w, weight, mask)
-    cross = _average(pointer(matrix_ptr + 4, tl.float32, EVEN), offsets, u * w, weight, mask)
-    disp_sq = tl.sum(tl.sum(disp_sq, axis=1), axis=0)
-    cross = tl.sum(tl.sum(tl.abs(cross), axis=1), axis=0)
-    if ADD:
-        disp_sq += tl.load(sums_ptr)
-        cross += tl.load(sums_ptr + 1)
-    tl.store(sums_ptr, disp_sq)
-    tl.store(sums_ptr + 1, cross)
 
 
 @triton.jit
@@ -138,16 +125,15 @@ def _at_least(x, bound):
 
 
 @triton.jit
-def _regressed(energy, matrix_ptr, sums_ptr, offsets, mask, step, newest, MIN_STEPS: tl.constexpr,
-               MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def _regressed(energy, disp_sq, cross, means_ptr, step, newest, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr,
+               ROUNDING: tl.constexpr):  # fmt: skip
     """``V`` of ``diagonal.regress``, in its order."""
-    size = tl.load(matrix_ptr + 7) * 1.0
-    tau2 = tl.load(sums_ptr) / size
+    tau2 = tl.load(means_ptr)
     moved = (tau2 > _LEAST_TAU2) & (step > MIN_STEPS)
     inverse = tl.where(moved, 1.0 / tl.sqrt_rn(tl.where(moved, tau2, 1.0)), 0.0)
-    b = tl.load(pointer(matrix_ptr + 3, tl.float32, EVEN) + offsets, mask=mask, other=0.0) * (inverse * inverse)
-    c = tl.load(pointer(matrix_ptr + 4, tl.float32, EVEN) + offsets, mask=mask, other=0.0) * inverse
-    mean_slope = tl.load(sums_ptr + 1) * inverse / size
+    b = disp_sq * (inverse * inverse)
+    c = cross * inverse
+    mean_slope = tl.load(means_ptr + 1) * inverse
     residual = _at_least(energy - c * c / (b + 1 / MAX_RIDGE), 0.0)
     inverse_slope = 1.0 / _at_least(mean_slope, _ROOT_TINY)
     ridge = residual * inverse_slope * (inverse_slope * newest)
@@ -158,17 +144,41 @@ def _regressed(energy, matrix_ptr, sums_ptr, offsets, mask, step, newest, MIN_ST
 
 
 @triton.jit
-def _direction(m, energy, floor):
-    # sqrt_rn: tl.sqrt takes subnormal energies for zero.
-    return m / (tl.sqrt_rn(energy + m * m) + floor)
+def _sum(x):
+    """In float64: rounded to float32, the order of the additions, and so who added, does not show."""
+    return tl.sum(tl.sum(x.to(tl.float64), axis=1), axis=0)
 
 
 @triton.jit
-def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
-                  flags_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, volume, STEP: tl.constexpr,
-                  OBSERVE: tl.constexpr, SECANT: tl.constexpr, DECAY: tl.constexpr,
-                  GRAD: tl.constexpr, PARAM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-                  EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, mask, SECANT: tl.constexpr,
+               ADD: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
+               EVEN: tl.constexpr):  # fmt: skip
+    """``d`` of a tile, after its averages; the sums of B and |C| are written, or added to those of the way forth."""
+    energy = _average(matrix_ptr + 1, offsets, u * u, tl.load(numbers_ptr + 1), mask, EVEN)
+    if SECANT:
+        weight = tl.load(numbers_ptr + 2)
+        disp_sq = _average(matrix_ptr + 3, offsets, w * w, weight, mask, EVEN)
+        cross = _average(matrix_ptr + 4, offsets, u * w, weight, mask, EVEN)
+        sum_sq = _sum(disp_sq)
+        sum_cross = _sum(tl.abs(cross))
+        if ADD:
+            sum_sq += tl.load(sums_ptr)
+            sum_cross += tl.load(sums_ptr + 1)
+        tl.store(sums_ptr, sum_sq)
+        tl.store(sums_ptr + 1, sum_cross)
+        energy = _regressed(energy, disp_sq, cross, means_ptr, tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 12),
+                            MIN_STEPS, MAX_RIDGE, ROUNDING)  # fmt: skip
+    # sqrt_rn: tl.sqrt takes subnormal energies for zero.
+    return m / (tl.sqrt_rn(energy + m * m) + tl.load(numbers_ptr + 7))
+
+
+@triton.jit
+def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, volume, addresses_ptr, flags_ptr,
+                  means_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, STEP: tl.constexpr,
+                  OBSERVE: tl.constexpr, DECAY: tl.constexpr, GRAD: tl.constexpr, PARAM: tl.constexpr,
+                  SECANT: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
+                  HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+                  COLUMNS: tl.constexpr):  # fmt: skip
     matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, final = _find_tile(
         matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
     )
@@ -203,8 +213,7 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
         tl.store(mean_ptr + offsets, mean, mask=mask)
         tl.store(flags_ptr + program, tl.max(tl.max(tl.where(mask & (mean == 0), 1, 0), axis=1), axis=0))
         m = _turn(mean + weight * (1.0 - weight) * y, row_matrix, column_matrix, ROWS, COLUMNS)
-        square_ptr = pointer(matrix_ptr + 1, tl.float32, EVEN)
-        energy = _average(square_ptr, offsets, u * u, tl.load(numbers_ptr + 1), final)
+        w = u
         if SECANT:
             param_avg_ptr = pointer(matrix_ptr + 2, tl.float32, EVEN)
             param_avg = tl.load(param_avg_ptr + offsets, mask=mask, other=0.0)
@@ -212,18 +221,16 @@ def _forth_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_
             tl.store(param_avg_ptr + offsets, param_avg + weight * s, mask=mask)
             w = _turn(s, row_matrix, column_matrix, ROWS, COLUMNS)
             tl.store(values_ptr + volume + volume + offsets, w, mask=others)
-            _average_pairs(matrix_ptr, offsets, u, w, tl.load(numbers_ptr + 2), final, sums_ptr + program * 2, EVEN,
-                           False)  # fmt: skip
-        else:
-            m = tl.where(final, _direction(m, energy, tl.load(numbers_ptr + 7)), m)
-        tl.store(values_ptr + volume + offsets, m, mask=mask)
+        d = _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2, sums_ptr + program * 2, offsets, final,
+                       SECANT, False, MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
+        tl.store(values_ptr + volume + offsets, tl.where(final, d, m), mask=mask)
 
 
 @triton.jit
-def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, partial_ptr, sums_ptr,
-                 volume, AVERAGE: tl.constexpr, DIRECT: tl.constexpr, SECANT: tl.constexpr, MIN_STEPS: tl.constexpr,
-                 MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-                 EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, volume, means_ptr, sums_ptr,
+                 SECANT: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
+                 HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr):  # fmt: skip
     """Averages and direction of the coordinates that later stages turn."""
     matrix, matrix_ptr, numbers_ptr, values_ptr, _, _, offsets, mask, final = _find_tile(
         matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
@@ -231,40 +238,34 @@ def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
     if tl.load(numbers_ptr + 5) == 0:
         return
     mask = mask & (final == 0)
-    square_ptr = pointer(matrix_ptr + 1, tl.float32, EVEN)
-    if AVERAGE:
-        u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-        energy = _average(square_ptr, offsets, u * u, tl.load(numbers_ptr + 1), mask)
-        if SECANT:
-            w = tl.load(values_ptr + volume + volume + offsets, mask=mask, other=0.0)
-            partial_ptr += tl.program_id(0).to(tl.int64) * 2
-            _average_pairs(matrix_ptr, offsets, u, w, tl.load(numbers_ptr + 2), mask, partial_ptr, EVEN, True)
-    else:
-        energy = tl.load(square_ptr + offsets, mask=mask, other=0.0)
-    if DIRECT:
-        if SECANT:
-            energy = _regressed(energy, matrix_ptr, sums_ptr + matrix * 2, offsets, mask, tl.load(numbers_ptr + 3),
-                                tl.load(numbers_ptr + 12), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
-        values_ptr += volume
-        m = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-        tl.store(values_ptr + offsets, _direction(m, energy, tl.load(numbers_ptr + 7)), mask=mask)
+    u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
+    values_ptr += volume
+    m = tl.load(values_ptr + offsets, mask=mask, other=0.0)
+    w = u
+    if SECANT:
+        w = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
+    sums_ptr += tl.program_id(0).to(tl.int64) * 2
+    d = _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2, sums_ptr, offsets, mask, SECANT, True,
+                   MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
+    tl.store(values_ptr + offsets, d, mask=mask)
 
 
 @triton.jit
-def _sums_kernel(matrices_ptr, partial_ptr, sums_ptr, BLOCK: tl.constexpr):
-    """Adds the sums of a matrix's programs."""
+def _means_kernel(matrices_ptr, numbers_ptr, sums_ptr, means_ptr, BLOCK: tl.constexpr):
+    """The sums of a matrix's programs over its elements."""
     matrix = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    disp_sq = tl.zeros((BLOCK,), tl.float32)
-    cross = tl.zeros((BLOCK,), tl.float32)
-    partial_ptr += tl.load(matrices_ptr + matrix * _M + 10) * 2
-    programs = tl.load(matrices_ptr + matrix * _M + 11).to(tl.int32)
+    if tl.load(numbers_ptr + matrix * _N + 5) == 0:
+        return
+    matrices_ptr += matrix * _M
+    sums_ptr += tl.load(matrices_ptr + 10) * 2
+    programs = tl.load(matrices_ptr + 11).to(tl.int32)
+    rows = tl.arange(0, BLOCK)[:, None]
+    both = tl.arange(0, 2)
+    total = tl.zeros((BLOCK, 2), tl.float64)
     for start in range(0, programs, BLOCK):
-        rows = start + lanes
-        disp_sq += tl.load(partial_ptr + rows * 2, mask=rows < programs, other=0.0)
-        cross += tl.load(partial_ptr + rows * 2 + 1, mask=rows < programs, other=0.0)
-    tl.store(sums_ptr + matrix * 2, tl.sum(disp_sq, axis=0))
-    tl.store(sums_ptr + matrix * 2 + 1, tl.sum(cross, axis=0))
+        total += tl.load(sums_ptr + (start + rows) * 2 + both[None, :], mask=start + rows < programs, other=0.0)
+    mean = tl.sum(total, axis=0) / tl.load(matrices_ptr + 7).to(tl.float64)
+    tl.store(means_ptr + matrix * 2 + both, mean.to(tl.float32))
 
 
 @triton.jit
@@ -292,23 +293,15 @@ def _round(x, matrix_ptr, offsets, step, DTYPE: tl.constexpr, STOCHASTIC: tl.con
 
 
 @triton.jit
-def _back_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
-                 flags_ptr, sums_ptr, volume, SECANT: tl.constexpr, WRITE: tl.constexpr, STOCHASTIC: tl.constexpr,
-                 PARAM: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
-                 HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-                 COLUMNS: tl.constexpr):  # fmt: skip
-    matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, final = _find_tile(
+def _back_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, volume, addresses_ptr, flags_ptr,
+                 WRITE: tl.constexpr, STOCHASTIC: tl.constexpr, PARAM: tl.constexpr, HEIGHT: tl.constexpr,
+                 WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, _ = _find_tile(
         matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
     )
     if tl.load(numbers_ptr + 5) == 0:
         return
     d = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
-    step = tl.load(numbers_ptr + 3)
-    if SECANT:
-        energy = tl.load(pointer(matrix_ptr + 1, tl.float32, EVEN) + offsets, mask=final, other=0.0)
-        energy = _regressed(energy, matrix_ptr, sums_ptr + matrix * 2, offsets, final, step,
-                            tl.load(numbers_ptr + 12), MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
-        d = tl.where(final, _direction(d, energy, tl.load(numbers_ptr + 7)), d)
     row_matrix = 0.0
     column_matrix = 0.0
     if ROWS:
@@ -323,13 +316,14 @@ def _back_kernel(addresses_ptr, matrices_ptr, tiles_ptr, programs_ptr, numbers_p
     if WRITE:
         param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, EVEN) + offsets
         after = tl.load(param_ptr, mask=mask, other=0.0).to(tl.float32) * tl.load(numbers_ptr + 6) + change
+        step = tl.load(numbers_ptr + 3)
         tl.store(param_ptr, _round(after, matrix_ptr, offsets, step, PARAM, STOCHASTIC), mask=mask)
     else:
         tl.store(values_ptr + offsets, change, mask=mask)
 
 
 def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
-    """Averages of gradients and parameters, and their changes rotated by the leaves.
+    """Averages of gradients and parameters, and their changes rotated by the leaves; all of final coordinates.
 
     Equals ``butterfly_opt.step.take_step_`` up to ``to_rotated``, restricted to the leaves.
 
@@ -339,59 +333,48 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
         step: else no average changes, and of the values only the innovation is made.
         observe: take the partial second moments of the innovation.
     """
-    with tiles.on_device(operands.values.device):
-        _forth_kernel[(len(operands.tables.programs),)](
-            operands.addresses, *_tables(operands), operands.values, operands.flags, operands.sums, *operands.partials,
-            gate, operands.tables.volume, STEP=step, OBSERVE=observe, SECANT=operands.secant,
-            DECAY=operands.decays, GRAD=_dtype(operands, "gradients"),
-            PARAM=_dtype(operands, "parameters"), **_geometry(operands),
-        )  # fmt: skip
+    _launch(
+        _forth_kernel, operands, operands.addresses, operands.flags, operands.means, operands.sums, *operands.partials,
+        gate, STEP=step, OBSERVE=observe, DECAY=operands.decays, GRAD=_dtype(operands, "gradients"),
+        PARAM=_dtype(operands, "parameters"), SECANT=operands.secant, **operands.regression,
+    )  # fmt: skip
 
 
-def take_rest_(operands: Operands) -> Tensor:
-    """Averages and directions of what later stages turned.
+def take_rest_(operands: Operands) -> None:
+    """Averages and directions of what later stages turned; with secant, the means for the next step.
 
     Equals the averages of ``butterfly_opt.step.take_step_`` and its ``scale``.
-
-    Returns:
-        With secant the sums of B and |C| of each matrix, ``(matrices, 2)``, which ``back_`` needs.
     """
-    tables, secant = operands.tables, operands.secant
-    sums = operands.sums.new_empty(len(tables.matrices), 2) if secant else operands.sums
-    has_rest = any(axis.stages[0].lead for part in tables.parts for axis in part.axes)
-    passes = [(True, False), (False, True)] if secant else [(True, True)]
-    with tiles.on_device(sums.device):
-        for average, direct in passes:
-            if secant and direct:
-                _sums_kernel[(len(sums),)](tables.matrices, operands.sums, sums, BLOCK=1024)
-            if has_rest:
-                _rest_kernel[(len(operands.tables.programs),)](
-                    *_tables(operands), operands.values, operands.sums, sums, tables.volume, AVERAGE=average,
-                    DIRECT=direct, SECANT=operands.secant, **operands.regression, **_geometry(operands),
-                )  # fmt: skip
-    return sums
+    tables, means = operands.tables, operands.means
+    if any(axis.stages[0].lead for part in tables.parts for axis in part.axes):
+        _launch(_rest_kernel, operands, means, operands.sums, SECANT=operands.secant, **operands.regression)
+    if operands.secant:
+        _means_kernel[(len(means),)](tables.matrices, operands.numbers, operands.sums, means, BLOCK=512)
 
 
-def back_(operands: Operands, sums: Tensor, *, stochastic: bool, write: bool) -> None:
+def back_(operands: Operands, *, stochastic: bool, write: bool) -> None:
     """The direction rotated back by the leaves, and written; equals the end of ``butterfly_opt.step.take_step_``.
 
     Args:
         operands: of the step.
-        sums: of ``take_rest_``.
         stochastic: round bfloat16 parameters at random.
         write: change the parameters; else ``values[0]`` receives the change of usable tensors.
     """
-    with tiles.on_device(operands.values.device):
-        _back_kernel[(len(operands.tables.programs),)](
-            operands.addresses, *_tables(operands), operands.values, operands.flags, sums, operands.tables.volume,
-            WRITE=write, STOCHASTIC=stochastic, PARAM=_dtype(operands, "parameters"), SECANT=operands.secant,
-            **operands.regression, **_geometry(operands),
-        )  # fmt: skip
+    _launch(
+        _back_kernel, operands, operands.addresses, operands.flags, WRITE=write, STOCHASTIC=stochastic,
+        PARAM=_dtype(operands, "parameters"),
+    )  # fmt: skip
 
 
-def _tables(operands: Operands) -> tuple[Tensor, ...]:
+def _launch(kernel: Any, operands: Operands, *own: Tensor | int, **constants: Any) -> None:
+    """A program for each tile of the leaves: 16 elements a lane, at most 8 warps."""
     tables = operands.tables
-    return tables.matrices, tables.tiles, tables.programs, operands.numbers
+    height, width = (axis.width for axis in tables.axes)
+    kernel[(len(tables.programs),)](
+        tables.matrices, tables.tiles, tables.programs, operands.numbers, operands.values, tables.volume, *own,
+        HEIGHT=height, WIDTH=width, EVEN=operands.even, ROWS=0 in tables.rotated, COLUMNS=1 in tables.rotated,
+        num_warps=1 << max(0, min(3, (height * width // 512).bit_length() - 1)), **constants,
+    )  # fmt: skip
 
 
 def _dtype(operands: Operands, name: str) -> Any:
@@ -399,11 +382,3 @@ def _dtype(operands: Operands, name: str) -> Any:
     if dtype not in DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {dtype}; use {_TORCH_STEP}")
     return DTYPES[dtype]
-
-
-def _geometry(operands: Operands) -> dict[str, Any]:
-    """Sides of a tile, and which are rotated; 16 elements a lane, at most 8 warps."""
-    (height, width), rotated = (axis.width for axis in operands.tables.axes), operands.tables.rotated
-    warps = 1 << max(0, min(3, (height * width // 512).bit_length() - 1))
-    sides = {"HEIGHT": height, "WIDTH": width, "EVEN": operands.even, "num_warps": warps}
-    return {**sides, "ROWS": 0 in rotated, "COLUMNS": 1 in rotated}

@@ -131,7 +131,9 @@ class Operands(NamedTuple):
         addresses: int64 ``(matrices, 2)``, of gradients and parameters.
         numbers: float32, see NUMBERS.
         values: float32 ``(2 or 3, volume)``, scratch: u and m, and with secant w; d takes the place of m.
-        flags: int32, one a program over the leaves, scratch; so ``sums``, float32 ``(programs, 2)``.
+        flags: int32, one a program over the leaves, scratch.
+        means: float32 ``(matrices, 2)``, of B and |C| before this step, and after it those of it (secant).
+        sums: float64, one pair a program over the leaves, scratch: of B and |C|.
         partials: of rows and columns, scratch ``(partials, width, width)``.
         dtypes: of gradients and parameters.
         even: every access is 16 bytes wide.
@@ -144,6 +146,7 @@ class Operands(NamedTuple):
     numbers: Tensor
     values: Tensor
     flags: Tensor
+    means: Tensor
     sums: Tensor
     partials: Sequence[Tensor]
     dtypes: tuple[torch.dtype, torch.dtype]

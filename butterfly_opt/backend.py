@@ -6,14 +6,13 @@ The only module that imports ``fused``, which alone imports the kernels, and onl
 import importlib.util
 import os
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from butterfly_opt import step
+from butterfly_opt import newton, step
 from butterfly_opt.collectives import Request
 from butterfly_opt.options import Options
 from butterfly_opt.stack import Stack
@@ -22,18 +21,27 @@ Step = Coroutine[Request, Tensor, None]
 
 
 def steps_of(pairs: Sequence[tuple[Stack, Tensor]]) -> list[Step]:
-    """The steps of stacks of whole tensors with what is usable of them, to be run: the kernels' one for many stacks."""
-    together: dict[Any, list[tuple[Stack, Tensor]]] = defaultdict(list)
+    """The steps of stacks with what is usable of them, to be run: one a stack, the kernels' one a group and device."""
+    steps: list[Step] = []
+    together: dict[tuple[int, torch.device], list[tuple[Stack, Tensor]]] = defaultdict(list)
     for stack, usable in pairs:
-        layout = stack.layouts[0]
-        take = choose_step(stack.options, layout.owner.device, layout.dtype)
-        alone = stack if take is step.take_step_ else stack.options
-        together[take, id(alone), layout.owner.device].append((stack, usable))
-    return [take(*members[0]) if take is step.take_step_ else take(members) for (take, *_), members in together.items()]
+        layout, options = stack.layouts[0], stack.options
+        device = layout.owner.device
+        if options["diagonal"] == "newton":
+            steps.append(newton.take_step_(stack, usable))
+        elif layout.cuts or not takes_kernels(options, device, layout.dtype):
+            steps.append(step.take_step_(stack, usable))
+        else:
+            together[id(options), device].append((stack, usable))
+    if together:
+        from butterfly_opt import fused
+
+        steps += map(fused.take_steps_, together.values())
+    return steps
 
 
-def choose_step(options: Options, device: torch.device, dtype: torch.dtype) -> Callable[..., Step]:
-    """What steps whole tensors: ``step.take_step_`` a stack, or ``fused.take_steps_``, its equal, all of a group.
+def takes_kernels(options: Options, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``fused.take_steps_`` steps whole tensors, or ``step.take_step_``, its equal.
 
     Args:
         options: of the group: ``backend`` and ``fused``.
@@ -47,31 +55,32 @@ def choose_step(options: Options, device: torch.device, dtype: torch.dtype) -> C
         TypeError: for "triton" with float64 parameters.
     """
     name = options["backend"]
-    if name == "torch" or options["fused"] is False:
-        return step.take_step_
-    if name == "auto":
-        if device.type != "cuda" or dtype != torch.float32 or missing_kernels():
-            return step.take_step_
-    elif missing_kernels():
-        raise RuntimeError(f"backend='triton' needs {missing_kernels()}; or use backend='auto'")
-    elif device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ValueError(
-            f"backend='triton' needs parameters on a CUDA device, got {device}; use backend='auto', "
-            "or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
+    if name == "torch" or options["fused"] is False or (name == "auto" and device.type != "cuda"):
+        return False
+    refusal = _refusal(options["block"], device, dtype)
+    if refusal and name == "triton":
+        raise refusal
+    return refusal is None
+
+
+def _refusal(block: int, device: torch.device, dtype: torch.dtype) -> Exception | None:
+    """Why the kernels cannot step these tensors."""
+    if missing_kernels():
+        return RuntimeError(f"backend='triton' needs {missing_kernels()}; or use backend='auto'")
+    if device.type != ("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"):
+        return ValueError(
+            "backend='triton' needs parameters on a CUDA device, or on the CPU with TRITON_INTERPRET=1, which runs the "
+            f"kernels in Triton's interpreter, got {device}; use backend='auto'"
         )
-    elif dtype != torch.float32:
-        raise TypeError(
+    if dtype != torch.float32:
+        return TypeError(
             f"backend='triton' keeps float32 state and does not take {dtype} parameters; use backend='auto'"
         )
     from butterfly_opt import fused
 
-    if options["block"] > fused.MAX_BLOCK:
-        if name == "auto":
-            return step.take_step_
-        raise ValueError(
-            f"backend='triton' takes block <= {fused.MAX_BLOCK}, got block = {options['block']}; use backend='auto'"
-        )
-    return fused.take_steps_
+    if block > fused.MAX_BLOCK:
+        return ValueError(f"backend='triton' takes block <= {fused.MAX_BLOCK}, got block = {block}; use backend='auto'")
+    return None
 
 
 @cache

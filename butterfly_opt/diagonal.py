@@ -76,7 +76,7 @@ def regress(
         cross: ``C``, the same shape.
         beta2: decay of the three averages; ``1 - beta2`` is the share of one pair in them.
         step: steps so far, ``(count, 1, 1)``; up to MIN_STEPS nothing counts as moved.
-        means: of ``B`` and of ``|C|`` over each tensor, ``(count, 1, 1)``, where these tensors are shards.
+        means: of ``B`` and ``|C|`` over each tensor, ``(count, 1, 1)``; by default of these, a step takes older ones.
     """
     tiny = torch.finfo(grad_sq.dtype).tiny
     tau2, mean_cross = means or [x.mean((-2, -1), keepdim=True) for x in (disp_sq, cross.abs())]

@@ -106,7 +106,7 @@ async def take_steps_(pairs: Sequence[tuple[Stack, Tensor]]) -> None:
             ``usable``, bool ``(tensors,)``; a tensor where it is False keeps its state and parameters, bit for bit.
 
     Raises:
-        ValueError: if a group of a rotation is larger than MAX_BLOCK, or no kernel can run on the device.
+        ValueError: if a group of a rotation is larger than MAX_BLOCK, or an average is not contiguous.
         TypeError: if the state is not float32.
     """
     # Triton launches on the current GPU.
@@ -252,25 +252,25 @@ def _known(members: Sequence[Member]) -> Known:
     known = _KNOWN.get(first)
     if known is None or known.stacks != stacks:
         made = tables.make_tables([own.part for own in members], device)
-        means = torch.zeros(len(made.matrices), 2, device=device)
-        known = _KNOWN[first] = Known(stacks, made, means, [], rows, tiles.address_table(rows, device))
+        kept, addresses = torch.zeros(len(made.matrices), 2, device=device), tiles.address_table(rows, device)
+        known = _KNOWN[first] = Known(stacks, made, kept, [], rows, addresses)
     elif known.rows != rows:
         known = _KNOWN[first] = known._replace(rows=rows, addresses=tiles.address_table(rows, device))
     if known.versions != _versions(members):
         # In float64, as the kernels add them up: a resumed run goes on with the same bits.
-        means = [[x.abs().mean((1, 2), dtype=torch.float64) for x in pair] for pair in _pairs(members)]
-        known.means.copy_(torch.cat([torch.stack(own, dim=1) for own in means]))
+        means = [x.abs().mean((1, 2), dtype=torch.float64) for x in _pairs(members)]
+        known.means.copy_(torch.stack([torch.cat(means[::2]), torch.cat(means[1::2])], dim=1))
     return known
 
 
-def _pairs(members: Sequence[Member]) -> list[tuple[Tensor, Tensor]]:
-    """B and C of each stack, where they are kept."""
-    averages = [own.part.averages for own in members]
-    return [(own["disp_sq"], own["cross"]) for own in averages if "cross" in own]
+def _pairs(members: Sequence[Member]) -> list[Tensor]:
+    """B and C of each stack in turn, where they are kept."""
+    names = [name for name in ("disp_sq", "cross") if name in members[0].part.averages]
+    return [own.part.averages[name] for own in members for name in names]
 
 
 def _versions(members: Sequence[Member]) -> list[int]:
-    return [average._version for pair in _pairs(members) for average in pair]
+    return [average._version for average in _pairs(members)]
 
 
 def _part(stack: Stack) -> tables.Part:

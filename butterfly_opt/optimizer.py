@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from butterfly_opt import newton
-from butterfly_opt.backend import Step, steps_of
+from butterfly_opt.backend import steps_of
 from butterfly_opt.collectives import all_reduce_max, run
 from butterfly_opt.diagnostics import describe
 from butterfly_opt.dtensor import is_sharded
@@ -22,7 +22,7 @@ from butterfly_opt.layout import TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
 from butterfly_opt.options import MAX_GRAD, Options, check_parameter, check_sharded, validate
 from butterfly_opt.stack import COUNTERS, Stack, State, check_state, make_stacks, move_state_, new_state, release
-from butterfly_opt.step import count_steps_, gradient, take_step_
+from butterfly_opt.step import count_steps_, gradient
 
 _INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -299,7 +299,7 @@ class Butterfly(Optimizer):
         # Where one is skipped the last step stays the one that the next loss is compared with.
         if full_batch and all(any(stack is own for own, _ in counted) for stack in full_batch):
             newton.remember_loss_(full_batch, loss)
-        run(_steps_of(counted))
+        run(steps_of(counted))
         return loss
 
     def _count(self, groups: list[list[Stack]]) -> list[tuple[Stack, Tensor]]:
@@ -529,19 +529,6 @@ def _warn(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
-
-
-def _steps_of(counted: list[tuple[Stack, Tensor]]) -> list[Step]:
-    """The steps to run, those of shards and of full batches a stack each."""
-    alone, whole = [], []
-    for stack, usable in counted:
-        if stack.options["diagonal"] == "newton":
-            alone.append(newton.take_step_(stack, usable))
-        elif stack.layouts[0].cuts:
-            alone.append(take_step_(stack, usable))
-        else:
-            whole.append((stack, usable))
-    return alone + steps_of(whole)
 
 
 def _taken_over(param: Tensor, saved: State, group: Options, beta: float) -> State:

@@ -108,7 +108,6 @@ def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
 
     pairs = [(stack, stack.active) for stack in stacks]
     lists = [fused._operands(own) for own in fused._lists([fused._member(*pair) for pair in pairs])]
-    sums = [kernels.take_rest_(operands) for operands in lists]
     moved = {"": 0.0}
     for stack in stacks:
         counts = fused.step_bytes(
@@ -137,14 +136,14 @@ def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
     yield Case("rest", moved["rest"], functools.partial(_each, kernels.take_rest_, lists))
     yield Case("later stages back", moved["later stages back"], on_axes(rotate.turn_, gate=tables.USABLE, back=True))
     write_ = functools.partial(kernels.back_, stochastic=False, write=True)
-    yield Case("back", moved["back"], functools.partial(_each, write_, lists, sums))
+    yield Case("back", moved["back"], functools.partial(_each, write_, lists))
     yield Case("refit", 16 * entries, on_axes(refit.refit_, gate=tables.WITHIN, shift=1e-6))
     yield Case("plain step", moved["together"], functools.partial(_plain_step, "triton", stacks))
 
 
-def _each(function: Callable[..., object], *lists: Sequence[Any]) -> None:
-    for arguments in zip(*lists, strict=True):
-        function(*arguments)
+def _each(function: Callable[..., object], lists: Sequence[Any]) -> None:
+    for operands in lists:
+        function(operands)
 
 
 def _plain_step(backend: str, stacks: Sequence[Stack]) -> None:

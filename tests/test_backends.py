@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from butterfly_opt import Butterfly, stack
-from butterfly_opt.backend import choose_step
-from butterfly_opt.step import take_step_
+from butterfly_opt import Butterfly, diagonal, stack
+from butterfly_opt.backend import takes_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-4
@@ -106,6 +105,25 @@ def test_runs_are_bit_equal(diagonal, monkeypatch):
     assert torch.equal(*runs)
 
 
+def test_a_resumed_run_is_bit_equal(monkeypatch):
+    """The means that a step leaves to the next are not in the state: they are taken of it."""
+    monkeypatch.setattr(diagonal, "MIN_STEPS", 1)
+    params = make_parameters(torch.float32, [(20, 9), (7,)])
+    options: dict[str, Any] = {"backend": "triton", "diagonal": "secant", "block": 8, "lead": 2}
+    optimizer = Butterfly(params, **options)
+    for step in range(4):
+        if step == 2:
+            copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
+            resumed = Butterfly(copies, **options)
+            resumed.load_state_dict(optimizer.state_dict())
+        set_grads(params, step)
+        optimizer.step()
+        if step >= 2:
+            set_grads(copies, step)
+            resumed.step()
+    assert all(map(torch.equal, params, copies))
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts launches in the interpreter")
 def test_launches_do_not_grow_with_tensors_or_shapes(monkeypatch):
     from triton.runtime import interpreter
@@ -129,19 +147,21 @@ OPTIONS = {"backend": "triton", "fused": None, "block": 64}
 
 
 def test_auto_takes_torch_on_a_cpu():
-    assert choose_step({**OPTIONS, "backend": "auto"}, torch.device("cpu"), torch.float32) is take_step_
+    assert not takes_kernels({**OPTIONS, "backend": "auto"}, torch.device("cpu"), torch.float32)
 
 
-def test_triton_without_gpu_or_interpreter_is_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"backend='triton' needs parameters on a CUDA device, got cpu"):
-        choose_step(OPTIONS, torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("device, interpreted", [("cpu", "0"), ("cuda", "1")])
+def test_triton_without_gpu_or_interpreter_is_refused(device, interpreted, monkeypatch):
+    """Triton's interpreter sees copies of tensors on a GPU, and no addresses."""
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    with pytest.raises(ValueError, match=f"on a CUDA device, or on the CPU .* got {device}; use"):
+        takes_kernels(OPTIONS, torch.device(device), torch.float32)
 
 
 def test_triton_refuses_float64(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(TypeError, match=r"does not take torch.float64"):
-        choose_step(OPTIONS, torch.device("cpu"), torch.float64)
+        takes_kernels(OPTIONS, torch.device("cpu"), torch.float64)
 
 
 def test_missing_triton_is_named(monkeypatch):
@@ -150,6 +170,6 @@ def test_missing_triton_is_named(monkeypatch):
     backend.missing_kernels.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="not installed"):
-        choose_step(OPTIONS, torch.device("cpu"), torch.float32)
-    assert choose_step({**OPTIONS, "backend": "auto"}, torch.device("cuda"), torch.float32) is take_step_
+        takes_kernels(OPTIONS, torch.device("cpu"), torch.float32)
+    assert not takes_kernels({**OPTIONS, "backend": "auto"}, torch.device("cuda"), torch.float32)
     backend.missing_kernels.cache_clear()

@@ -339,7 +339,7 @@ def test_triton_needs_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch) -> N
     pytest.importorskip("triton")
     params = make_params()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="backend='triton' needs parameters on a CUDA device, got cpu"):
+    with pytest.raises(ValueError, match=r"backend='triton' needs parameters on a CUDA device, .* got cpu"):
         train(Butterfly(params, backend="triton"), params, range(1))
 
 

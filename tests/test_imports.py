@@ -33,7 +33,8 @@ LAYERS: dict[str, set[str]] = {
     "estimate": {"collectives", "secant", "stack", "step", "diagonal", "rotation", "basis", "operators"},
     "diagnostics": {"dtensor", "stack", "estimate", "rotation"},
     "fused": {"step", "stack", "diagonal", "rotation", "plan", "triton_kernels"},
-    "backend": {"collectives", "step", "stack", "options", "fused"},
+    "newton": {"layout", "options", "secant", "stack", "step"},
+    "backend": {"collectives", "step", "newton", "stack", "options", "fused"},
 }
 """From the bottom to the top, below the optimizer: no module imports one that stands after it."""
 

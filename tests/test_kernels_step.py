@@ -164,6 +164,38 @@ def test_one_step_of_any_state_equals_torch(strides, diagonal):
         assert (ours - reference).norm() <= 2e-5 * reference.norm()
 
 
+def means_of(stack: Stack) -> Tensor:
+    pair = [stack.averages[name].abs().double().mean((1, 2)) for name in ("disp_sq", "cross")]
+    return torch.stack(pair, dim=1).float()
+
+
+def test_means_are_kept_for_the_next_step():
+    """Those of a skipped tensor too; and taken anew where somebody else changed what they are of."""
+    stack, usable = make_stack([(20, 13)] * 2, diagonal="secant")
+    usable[1] = False
+    kept = operands_of(stack, usable).means
+    before = kept.clone()
+    assert torch.equal(before, means_of(stack))
+    run([take_fused_step_(stack, usable)])
+    assert operands_of(stack, usable).means is kept
+    assert torch.equal(kept, means_of(stack))
+    assert torch.equal(kept[1], before[1]) and not torch.equal(kept[0], before[0])
+    stack.averages["cross"].mul_(2)
+    assert operands_of(stack, usable).means is kept
+    assert torch.equal(kept, means_of(stack))
+
+
+def test_means_follow_a_stack_from_list_to_list():
+    first, usable = make_stack([(9, 5)], diagonal="secant")
+    second, _ = make_stack([(5, 9)], diagonal="secant")
+    for stack in (first, second):
+        alone = operands_of(stack, usable).means
+        run([take_fused_step_(stack, usable)])
+    run([fused.take_steps_([(first, usable), (second, usable)])])
+    assert operands_of(second, usable).means is alone
+    assert torch.equal(alone, means_of(second))
+
+
 @pytest.mark.parametrize("diagonal", ["innovation", "secant"])
 def test_several_parameters_are_one_vector(diagonal):
     """``structure="flat"``, one of them without a gradient; from any state, since vectors have a rank of one."""

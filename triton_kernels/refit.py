@@ -23,7 +23,6 @@ an entry. Profitable always: ``torch.linalg.qr`` of a batch is a loop over launc
 import triton
 import triton.language as tl
 
-from . import tiles
 from .tables import NUMBERS, Operands
 from .tiles import _WIDE, PRECISION, block_matrix, block_offsets, pointer
 
@@ -110,9 +109,8 @@ def refit_(operands: Operands, *, axis: int, gate: int, shift: float) -> None:
     tables = operands.tables
     width, lead = tables.axes[axis].width, tables.axes[axis].lead
     changes = operands.values.new_empty(max(1, tables.changes))
-    with tiles.on_device(changes.device):
-        for number, stage in enumerate(tables.passes[axis]):
-            _refit_kernel[(len(stage.groups),)](
-                tables.tiles, stage.groups, operands.numbers, changes, gate, max(lead, 1), shift, WIDTH=width,
-                TRANSPORT=number > 0 and lead > 0, CHANGE=lead > 0, num_warps=4 if width <= 32 else 8,
-            )  # fmt: skip
+    for number, stage in enumerate(tables.passes[axis]):
+        _refit_kernel[(len(stage.groups),)](
+            tables.tiles, stage.groups, operands.numbers, changes, gate, max(lead, 1), shift, WIDTH=width,
+            TRANSPORT=number > 0 and lead > 0, CHANGE=lead > 0, num_warps=4 if width <= 32 else 8,
+        )  # fmt: skip

@@ -104,9 +104,7 @@ def _average_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH
     tl.store(target, before + weight * (moment - before), mask=inside)
 
 
-def turn_(
-    operands: Operands, *, axis: int, gate: int, back: bool = False, observed: int | None = None
-) -> None:  # fmt: skip
+def turn_(operands: Operands, *, axis: int, gate: int, back: bool = False, observed: int | None = None) -> None:
     """``v <- B^T v`` for every stage of an axis but the leaves, in place, or ``B v`` from the root down with ``back``.
 
     Equals steps of ``butterfly_opt.rotation.Rotation.to_rotated``, or ``from_rotated``; and ``observe_``, of the leaves
@@ -122,15 +120,14 @@ def turn_(
     tables, values = operands.tables, operands.values[1:2] if back else operands.values
     width, other, later = tables.axes[axis].width, tables.axes[1 - axis].width, tables.passes[axis][1:]
     partials, entries = operands.partials[axis], min(width**2, 1024)
-    with tiles.on_device(values.device):
-        for stage in reversed(later) if back else later:
-            _stage_kernel[(len(stage.programs),)](
-                tables.matrices, tables.tiles, stage.programs, operands.numbers, values, partials[stage.first :], gate,
-                len(values), tables.volume, WIDTH=width, OTHER=other, EVEN=operands.even, COLUMNS=axis == 1, BACK=back,
-                OBSERVE=observed is not None, num_warps=8 if width == tiles.MAX_BLOCK else 4, num_stages=1,
-            )  # fmt: skip
-        if observed is not None:
-            _average_kernel[(len(tables.groups[axis]), width**2 // entries)](
-                tables.tiles, tables.groups[axis], operands.numbers, partials, observed, WIDTH=width, SLICE=entries,
-                AHEAD=8,
-            )  # fmt: skip
+    for stage in reversed(later) if back else later:
+        _stage_kernel[(len(stage.programs),)](
+            tables.matrices, tables.tiles, stage.programs, operands.numbers, values, partials[stage.first :], gate,
+            len(values), tables.volume, WIDTH=width, OTHER=other, EVEN=operands.even, COLUMNS=axis == 1, BACK=back,
+            OBSERVE=observed is not None, num_warps=8 if width == tiles.MAX_BLOCK else 4, num_stages=1,
+        )  # fmt: skip
+    if observed is not None:
+        _average_kernel[(len(tables.groups[axis]), width**2 // entries)](
+            tables.tiles, tables.groups[axis], operands.numbers, partials, observed, WIDTH=width, SLICE=entries,
+            AHEAD=8,
+        )  # fmt: skip

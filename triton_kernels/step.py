@@ -10,9 +10,9 @@ Formulas, in the names of ``butterfly_opt.step``, for a tile of a leaf of the ro
     back    theta <- round(theta (1 - lr weight_decay) - lr B_r d B_c^T), but for entries with gbar = 0
 
 A coordinate is *final* once no later stage of either axis turns it. Averages and direction of final coordinates are
-taken in the passes over the leaves; ``take_rest_`` does those of all others, between the later stages of the way
-forth and those of the way back. ``secant`` needs sums of B and |C| over the tensor before any direction. Moments that
-a refit of the same step needs are taken in a pass of their own, which changes nothing else.
+taken on the way forth over the leaves; ``take_rest_`` does those of all others, between the later stages of the way
+forth and those of the way back. Both add up B and |C|, whose means the next step's regression takes. Moments that a
+refit of the same step needs are taken in a pass of their own, which changes nothing else.
 
 Layout. Of a list of matrices of any shapes, see ``tables``. Parameters and gradients lie where ``addresses`` says,
 state where the table of matrices says. Where no axis is rotated, rows and columns are one row. ``numbers`` come from
@@ -26,14 +26,14 @@ Cost. Bytes a parameter, float32, in full width; final ones are 9/16 of all for 
 (``butterfly_opt.fused.step_bytes`` counts them from the plans):
 
                       innovation                              secant
-    forth             g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar' 24, m 4;
-                      others u, m 8                           final A, B, C both ways 24; others u, w 8
+    forth             g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar' 24; final A, B,
+                      others u, m 8                           C both ways, d 28; others u, w, m 12
     moments           halves, written and read 9              the same
     later stages      2 x 5.3                                 3 x 5.3
-    take_rest_        others u, m, A, A', d 20                others u, w, A, B, C both ways 32; A, B, C, m, d 20
+    take_rest_        others u, m, A, A', d 20                others u, w, m, d 16, A, B, C both ways 24
     later stages back 5.3                                     5.3
-    back              d, theta, theta' 12                     theta, theta' 8; final A, B, C, m 16; others d 4
-    together          68                                      117
+    back              d, theta, theta' 12                     the same
+    together          68                                      105
 """
 
 from typing import Any
@@ -44,7 +44,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
 from .tables import MATRIX, NUMBERS, Operands
 from .tiles import _WIDE, PRECISION, block_matrix, coordinates, goes_on, pointer, store_moment
 

@@ -6,9 +6,7 @@ one product each. ``width`` is a power of two >= 16, as ``tl.dot`` needs it, the
 lies beyond a group is masked.
 """
 
-import contextlib
 import functools
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -110,20 +108,12 @@ def share(work: int) -> int:
 
 
 def to_device(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows of the host on a device, without waiting for it.
-
-    Raises:
-        ValueError: for a CUDA device under Triton's interpreter, which sees copies of the tensors.
-    """
-    if device.type != "cuda":
-        return rows
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise ValueError(f"the kernels cannot run on {device} under TRITON_INTERPRET=1; unset it or use CPU tensors")
-    return rows.pin_memory().to(device, non_blocking=True)
+    """Rows of the host on a device, without waiting for it."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
 def address_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """The rows on the device, without waiting for it; raises as ``to_device``."""
+    """The rows on the device, without waiting for it."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A captured copy would read the host's memory again at each replay: numbers of a launch stay what they are.
         numbers = [torch.full((), number, dtype=torch.int64, device=device) for row in rows for number in row]
@@ -131,30 +121,18 @@ def address_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor
     return to_device(torch.tensor(rows), device)
 
 
-def can_launch_on(device: torch.device) -> bool:
-    """Whether kernels can run on tensors of ``device``: CUDA, or the CPU under Triton's interpreter."""
-    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def check(device: torch.device, state: dict[str, Tensor]) -> None:
-    """Checks that kernels can run on the device, and on what lies there.
+def check(state: dict[str, Tensor]) -> None:
+    """Checks what lies on the device.
 
     Raises:
-        TypeError: if the state is not float32.
-        ValueError: if it is not contiguous, or kernels cannot run there.
+        TypeError: if it is not float32.
+        ValueError: if it is not contiguous.
     """
-    if not can_launch_on(device):
-        raise ValueError(f"the kernels need a CUDA device, got {device}; use backend='torch'")
     for name, tensor in state.items():
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} must be torch.float32, got {tensor.dtype}; use backend='torch'")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; use backend='torch'")
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes a GPU the current one, on which Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @triton.jit

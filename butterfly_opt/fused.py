@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from butterfly_opt import diagonal, step
-from butterfly_opt.plan import Plan, make_plan
+from butterfly_opt.plan import Plan
 from butterfly_opt.rotation import SHIFT, Rotation
 from butterfly_opt.stack import Numbers, Stack
 
@@ -116,9 +116,7 @@ async def take_steps_(pairs: Sequence[tuple[Stack, Tensor]]) -> None:
 
 
 def _member(stack: Stack, usable: Tensor) -> Member:
-    part = _PARTS.get(stack)
-    if part is None:
-        part = _PARTS[stack] = _part(stack)
+    part = _PARTS.get(stack) or _PARTS.setdefault(stack, _part(stack))
     parameters: Sequence[Tensor] = [layout.owner.detach() for layout in stack.layouts]
     gradients: Sequence[Tensor] = [layout.owner.grad for layout in stack.layouts if layout.owner.grad is not None]
     plain = len(gradients) == len(stack.layouts) and all(len(layout.params) == 1 for layout in stack.layouts)
@@ -205,6 +203,7 @@ def _operands(members: Sequence[Member]) -> tables.Operands:
     # A tensor on a GPU is not asked whether it is 0.
     decays = isinstance(options["weight_decay"], Tensor) or options["weight_decay"] != 0
     values = new(3 if "cross" in averages else 2, made.volume)
+    regression = (diagonal.MIN_STEPS, diagonal.MAX_RIDGE, diagonal.ROUNDING[torch.float32])
     observed = any(own.observed for own in members)
     return tables.Operands(
         tables=made,
@@ -222,8 +221,7 @@ def _operands(members: Sequence[Member]) -> tables.Operands:
         dtypes=(first.gradients[0].dtype, first.parameters[0].dtype),
         even=first.even,
         decays=decays and not options["decoupled_weight_decay"] and not first.gathered,
-        regression={name: getattr(diagonal, name) for name in ("MIN_STEPS", "MAX_RIDGE")}
-        | {"ROUNDING": diagonal.ROUNDING[torch.float32]},
+        regression=regression if "cross" in averages else None,
     )
 
 
@@ -312,54 +310,3 @@ def _stages(plan: Plan, width: int, device: torch.device) -> tuple[tiles.Stage, 
         stages.append(tiles.Stage(cut, sum(run.groups for run in stage.runs), lead, index))
         offset += sum(run.numel for run in stage.runs)
     return tuple(stages)
-
-
-def step_bytes(
-    rows: int,
-    columns: int,
-    *,
-    diagonal: str,
-    block: int = 64,
-    lead: int = 16,
-    rotated: tuple[int, ...] = (-2, -1),
-    itemsize: int = 4,
-) -> dict[str, float]:
-    """Bytes a parameter that a step without a refit moves, launch by launch, and ``together``.
-
-    Matrices of groups count once a pass: the programs that share one find it in the second-level cache.
-
-    Args:
-        rows: of the matrix.
-        columns: of the matrix.
-        diagonal: "innovation" or "secant".
-        block: largest group.
-        lead: outputs of a group that go on.
-        rotated: the rotated axes.
-        itemsize: bytes of a number of parameters and gradients.
-    """
-    axes = [(make_plan(n, block, lead), other) for dim, n, other in ((-2, rows, columns), (-1, columns, rows))
-            if dim in rotated]  # fmt: skip
-    final, later, moments = 1.0, 0.0, 0.0
-    for plan, other in axes:
-        width = tiles.width_of(other)
-        for stage in plan.stages:
-            # Half a moment for each tile of a leaf, and for some chunks of a later stage, is written and read.
-            share, is_leaf = sum(run.span for run in stage.runs) / plan.n, stage is plan.stages[0]
-            moments += 4 * share * (tiles.width_of(plan.n) + 1) / (width if is_leaf else width * tiles.MAX_CHUNKS)
-            later += 0.0 if is_leaf else 8 * share
-        moments += 8 * plan.numel / (rows * columns)
-        final *= 1 - sum(run.span for stage in plan.stages[1:2] for run in stage.runs) / plan.n
-    of_leaves = sum(4 * run.numel / (rows * columns) for plan, _ in axes for run in plan.stages[0].runs)
-    of_later = sum(4 * plan.numel / (rows * columns) for plan, _ in axes) - of_leaves
-    # Vectors that are averaged, u and w; and averages of their products: A, B and C.
-    vectors, products = (2, 3) if diagonal == "secant" else (1, 1)
-    others = 1 - final
-    found = {
-        "forth": vectors * (itemsize + 8 + others * 4) + final * products * 8 + 4 + of_leaves,
-        "moments": moments,
-        "later stages": (vectors + 1) * later + of_later,
-        "rest": others * (vectors * 4 + products * 8 + 8),
-        "later stages back": later + of_later,
-        "back": 2 * itemsize + 4 + of_leaves,
-    }
-    return {**found, "together": sum(found.values())}

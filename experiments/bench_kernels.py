@@ -3,7 +3,7 @@
 A row gives the time of one call and the bytes it moves as a fraction of what a device-to-device copy of the same run
 moves: of every launch of a plain step, of a refit, and of whole steps of the torch path and the fused one on a list of
 tensors. Without a GPU small cases run in Triton's interpreter: that checks the kernels, its
-times mean nothing. The bytes a parameter of each launch (`butterfly_opt.fused.step_bytes`) are printed first.
+times mean nothing. The bytes a parameter of each launch (`step_bytes`) are printed first.
 """
 
 from __future__ import annotations
@@ -101,6 +101,60 @@ def make_stacks(shapes: Shapes, batch_dims: int, device: torch.device, diagonal:
     return stacks
 
 
+def step_bytes(
+    rows: int,
+    columns: int,
+    *,
+    diagonal: str,
+    block: int = 64,
+    lead: int = 16,
+    rotated: tuple[int, ...] = (-2, -1),
+    itemsize: int = 4,
+) -> dict[str, float]:
+    """Bytes a parameter that a step without a refit moves, launch by launch, and ``together``.
+
+    Matrices of groups count once a pass: the programs that share one find it in the second-level cache.
+
+    Args:
+        rows: of the matrix.
+        columns: of the matrix.
+        diagonal: "innovation" or "secant".
+        block: largest group.
+        lead: outputs of a group that go on.
+        rotated: the rotated axes.
+        itemsize: bytes of a number of parameters and gradients.
+    """
+    from butterfly_opt.fused import tiles
+    from butterfly_opt.plan import make_plan
+
+    axes = [(make_plan(n, block, lead), other) for dim, n, other in ((-2, rows, columns), (-1, columns, rows))
+            if dim in rotated]  # fmt: skip
+    final, later, moments = 1.0, 0.0, 0.0
+    for plan, other in axes:
+        width = tiles.width_of(other)
+        for stage in plan.stages:
+            # Half a moment for each tile of a leaf, and for some chunks of a later stage, is written and read.
+            share, is_leaf = sum(run.span for run in stage.runs) / plan.n, stage is plan.stages[0]
+            moments += 4 * share * (tiles.width_of(plan.n) + 1) / (width if is_leaf else width * tiles.MAX_CHUNKS)
+            later += 0.0 if is_leaf else 8 * share
+        moments += 8 * plan.numel / (rows * columns)
+        final *= 1 - sum(run.span for stage in plan.stages[1:2] for run in stage.runs) / plan.n
+    of_leaves = sum(4 * run.numel / (rows * columns) for plan, _ in axes for run in plan.stages[0].runs)
+    of_later = sum(4 * plan.numel / (rows * columns) for plan, _ in axes) - of_leaves
+    # Vectors that are averaged, u and w; and averages of their products: A, B and C.
+    vectors, products = (2, 3) if diagonal == "secant" else (1, 1)
+    others = 1 - final
+    found = {
+        "forth": vectors * (itemsize + 8 + others * 4) + final * products * 8 + 4 + of_leaves,
+        "moments": moments,
+        "later stages": (vectors + 1) * later + of_later,
+        "rest": others * (vectors * 4 + products * 8 + 8),
+        "later stages back": later + of_later,
+        "back": 2 * itemsize + 4 + of_leaves,
+    }
+    return {**found, "together": sum(found.values())}
+
+
 def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
     """Every launch of a step, each over all stacks."""
     from butterfly_opt import fused
@@ -110,7 +164,7 @@ def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
     lists = [fused._operands(own) for own in fused._lists([fused._member(*pair) for pair in pairs])]
     moved = {"": 0.0}
     for stack in stacks:
-        counts = fused.step_bytes(
+        counts = step_bytes(
             stack.shape[1], stack.shape[2], diagonal=diagonal, block=stack.options["block"],
             lead=stack.options["lead"], rotated=tuple(dim for dim, _ in stack.whole_rotations),
         )  # fmt: skip

@@ -50,7 +50,7 @@ def make_operands(
         dtypes=(torch.float32, torch.float32),
         even=False,
         decays=False,
-        regression={"MIN_STEPS": 5, "MAX_RIDGE": 1e12, "ROUNDING": 1e-6},
+        regression=None,
     )
 
 

@@ -23,7 +23,7 @@ Dtypes. Parameters and gradients float32, bfloat16 or float16, of one dtype each
 Parameters are rounded once, to nearest even or stochastically (``butterfly_opt.rounding``).
 
 Cost. Bytes a parameter, float32, in full width; final ones are 9/16 of all for ``lead = block / 4``
-(``butterfly_opt.fused.step_bytes`` counts them from the plans):
+(``experiments.bench_kernels.step_bytes`` counts them from the plans):
 
                       innovation                              secant
     forth             g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar' 24; final A, B,
@@ -124,9 +124,11 @@ def _at_least(x, bound):
 
 
 @triton.jit
-def _regressed(energy, disp_sq, cross, means_ptr, step, newest, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr,
-               ROUNDING: tl.constexpr):  # fmt: skip
+def _regressed(energy, disp_sq, cross, means_ptr, step, newest, REGRESSION: tl.constexpr):
     """``V`` of ``diagonal.regress``, in its order."""
+    MIN_STEPS: tl.constexpr = REGRESSION[0]
+    MAX_RIDGE: tl.constexpr = REGRESSION[1]
+    ROUNDING: tl.constexpr = REGRESSION[2]
     tau2 = tl.load(means_ptr)
     moved = (tau2 > _LEAST_TAU2) & (step > MIN_STEPS)
     inverse = tl.where(moved, 1.0 / tl.sqrt_rn(tl.where(moved, tau2, 1.0)), 0.0)
@@ -149,12 +151,11 @@ def _sum(x):
 
 
 @triton.jit
-def _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, mask, SECANT: tl.constexpr,
-               ADD: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
-               EVEN: tl.constexpr):  # fmt: skip
+def _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, mask, REGRESSION: tl.constexpr,
+               ADD: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     """``d`` of a tile, after its averages; the sums of B and |C| are written, or added to those of the way forth."""
     energy = _average(matrix_ptr + 1, offsets, u * u, tl.load(numbers_ptr + 1), mask, EVEN)
-    if SECANT:
+    if REGRESSION is not None:
         weight = tl.load(numbers_ptr + 2)
         disp_sq = _average(matrix_ptr + 3, offsets, w * w, weight, mask, EVEN)
         cross = _average(matrix_ptr + 4, offsets, u * w, weight, mask, EVEN)
@@ -166,7 +167,7 @@ def _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, m
         tl.store(sums_ptr, sum_sq)
         tl.store(sums_ptr + 1, sum_cross)
         energy = _regressed(energy, disp_sq, cross, means_ptr, tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 12),
-                            MIN_STEPS, MAX_RIDGE, ROUNDING)  # fmt: skip
+                            REGRESSION)  # fmt: skip
     # sqrt_rn: tl.sqrt takes subnormal energies for zero.
     return m / (tl.sqrt_rn(energy + m * m) + tl.load(numbers_ptr + 7))
 
@@ -175,9 +176,8 @@ def _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, m
 def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, volume, addresses_ptr, flags_ptr,
                   means_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, STEP: tl.constexpr,
                   OBSERVE: tl.constexpr, DECAY: tl.constexpr, GRAD: tl.constexpr, PARAM: tl.constexpr,
-                  SECANT: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
-                  HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-                  COLUMNS: tl.constexpr):  # fmt: skip
+                  REGRESSION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, final = _find_tile(
         matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
     )
@@ -213,7 +213,7 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
         tl.store(flags_ptr + program, tl.max(tl.max(tl.where(mask & (mean == 0), 1, 0), axis=1), axis=0))
         m = _turn(mean + weight * (1.0 - weight) * y, row_matrix, column_matrix, ROWS, COLUMNS)
         w = u
-        if SECANT:
+        if REGRESSION is not None:
             param_avg_ptr = pointer(matrix_ptr + 2, tl.float32, EVEN)
             param_avg = tl.load(param_avg_ptr + offsets, mask=mask, other=0.0)
             s = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - param_avg
@@ -221,15 +221,14 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
             w = _turn(s, row_matrix, column_matrix, ROWS, COLUMNS)
             tl.store(values_ptr + volume + volume + offsets, w, mask=others)
         d = _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2, sums_ptr + program * 2, offsets, final,
-                       SECANT, False, MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
+                       REGRESSION, False, EVEN)  # fmt: skip
         tl.store(values_ptr + volume + offsets, tl.where(final, d, m), mask=mask)
 
 
 @triton.jit
 def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, volume, means_ptr, sums_ptr,
-                 SECANT: tl.constexpr, MIN_STEPS: tl.constexpr, MAX_RIDGE: tl.constexpr, ROUNDING: tl.constexpr,
-                 HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-                 COLUMNS: tl.constexpr):  # fmt: skip
+                 REGRESSION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Averages and direction of the coordinates that later stages turn."""
     matrix, matrix_ptr, numbers_ptr, values_ptr, _, _, offsets, mask, final = _find_tile(
         matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
@@ -241,11 +240,11 @@ def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
     values_ptr += volume
     m = tl.load(values_ptr + offsets, mask=mask, other=0.0)
     w = u
-    if SECANT:
+    if REGRESSION is not None:
         w = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
     sums_ptr += tl.program_id(0).to(tl.int64) * 2
-    d = _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2, sums_ptr, offsets, mask, SECANT, True,
-                   MIN_STEPS, MAX_RIDGE, ROUNDING, EVEN)  # fmt: skip
+    d = _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2, sums_ptr, offsets, mask, REGRESSION, True,
+                   EVEN)  # fmt: skip
     tl.store(values_ptr + offsets, d, mask=mask)
 
 
@@ -335,7 +334,7 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
     _launch(
         _forth_kernel, operands, operands.addresses, operands.flags, operands.means, operands.sums, *operands.partials,
         gate, STEP=step, OBSERVE=observe, DECAY=operands.decays, GRAD=_dtype(operands, "gradients"),
-        PARAM=_dtype(operands, "parameters"), SECANT=operands.secant, **operands.regression,
+        PARAM=_dtype(operands, "parameters"), REGRESSION=operands.regression,
     )  # fmt: skip
 
 
@@ -346,8 +345,8 @@ def take_rest_(operands: Operands) -> None:
     """
     tables, means = operands.tables, operands.means
     if any(axis.stages[0].lead for part in tables.parts for axis in part.axes):
-        _launch(_rest_kernel, operands, means, operands.sums, SECANT=operands.secant, **operands.regression)
-    if operands.secant:
+        _launch(_rest_kernel, operands, means, operands.sums, REGRESSION=operands.regression)
+    if operands.regression:
         _means_kernel[(len(means),)](tables.matrices, operands.numbers, operands.sums, means, BLOCK=512)
 
 

@@ -138,7 +138,7 @@ class Operands(NamedTuple):
         dtypes: of gradients and parameters.
         even: every access is 16 bytes wide.
         decays: L2 decay is added to gradients.
-        regression: ``MIN_STEPS``, ``MAX_RIDGE`` and ``ROUNDING`` of ``butterfly_opt.diagonal``.
+        regression: ``MIN_STEPS``, ``MAX_RIDGE`` and ``ROUNDING`` of ``butterfly_opt.diagonal``; None for innovation.
     """
 
     tables: Tables
@@ -152,12 +152,7 @@ class Operands(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype]
     even: bool
     decays: bool
-    regression: dict[str, float]
-
-    @property
-    def secant(self) -> bool:
-        """Whether pairs are kept."""
-        return "cross" in self.tables.parts[0].averages
+    regression: tuple[float, float, float] | None
 
 
 def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:

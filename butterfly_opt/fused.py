@@ -144,7 +144,7 @@ def _lists(members: Sequence[Member]) -> list[list[Member]]:
     for own in members:
         axes = tuple((axis.width, axis.matrices is None) for axis in own.part.axes)
         lists = alike[own.gathered, own.gradients[0].dtype, own.parameters[0].dtype, own.even, axes]
-        if not lists or sum(known.stack.averages["exp_avg"].numel() for known in (*lists[-1], own)) > MAX_LIST:
+        if not lists or sum(known.part.numel for known in (*lists[-1], own)) > MAX_LIST:
             lists.append([])
         lists[-1].append(own)
     return [members for lists in alike.values() for members in lists]
@@ -165,13 +165,12 @@ def _step_list_(members: Sequence[Member]) -> None:
     kernels.take_rest_(operands)
     for axis in operands.tables.rotated:
         rotate.turn_(operands, axis=axis, gate=tables.USABLE, back=True)
-    options, gathered = members[0].stack.options, members[0].gathered
-    stochastic = options["stochastic_rounding"] and operands.dtypes[1] == torch.bfloat16
+    gathered, stochastic = members[0].gathered, members[0].stack.options["stochastic_rounding"]
     kernels.back_(operands, stochastic=stochastic, write=not gathered)
-    changed = [average for own in members for average in own.part.averages.values()]
-    changed += [] if gathered else [param for own in members for param in own.parameters]
-    changes = operands.values[0].split([own.stack.averages["exp_avg"].numel() for own in members])
+    changed: list[Tensor] = []
+    changes = operands.values[0].split([own.part.numel for own in members])
     for own, change in zip(members, changes, strict=True):
+        changed += [*own.part.averages.values(), *([] if gathered else own.parameters)]
         if gathered:
             step.write_(own.stack, change.view_as(own.stack.averages["exp_avg"]), own.stack.numbers)
         if own.observed:
@@ -285,8 +284,7 @@ def _part(stack: Stack) -> tables.Part:
         shape=(count, rows, columns),
         averages=averages,
         axes=axes,
-        streams=[stream for stream in stack.streams for _ in range(stack.shape[0])],
-        positions=[i * rows * columns for _ in stack.streams for i in range(stack.shape[0])],
+        streams=stack.streams,
         even=full and all(average.data_ptr() % 16 == 0 for average in averages.values()),
     )
 

@@ -29,7 +29,7 @@ def make_operands(
         for length, rotation in zip((rows, columns), rotations, strict=True)
     ]
     averages = {"exp_avg": torch.zeros_like(gradient)}
-    part = tables.Part((count, rows, columns), averages, (axes[0], axes[1]), [0] * count, [0] * count, even=False)
+    part = tables.Part((count, rows, columns), averages, (axes[0], axes[1]), [0], even=False)
     made = tables.make_tables([part], DEVICE)
     numbers = torch.zeros(count, len(tables.NUMBERS), device=DEVICE)
     numbers[:, tables.USABLE] = 1.0

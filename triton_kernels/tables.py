@@ -63,8 +63,7 @@ class Part(NamedTuple):
         shape: ``(count, rows, columns)``.
         averages: of this shape, by name.
         axes: rows and columns.
-        streams: of random numbers, one a matrix.
-        positions: of the first element of each in its parameter.
+        streams: of random numbers, one a parameter; each holds as many of the matrices.
         even: every tile of the columns is full, and every row and average aligned: accesses are 16 bytes wide.
     """
 
@@ -72,13 +71,12 @@ class Part(NamedTuple):
     averages: dict[str, Tensor]
     axes: tuple[Axis, Axis]
     streams: Sequence[int]
-    positions: Sequence[int]
     even: bool
 
     @property
-    def size(self) -> int:
-        """Elements of a matrix."""
-        return self.shape[1] * self.shape[2]
+    def numel(self) -> int:
+        """Elements of all."""
+        return self.shape[0] * self.shape[1] * self.shape[2]
 
 
 class Pass(NamedTuple):
@@ -197,7 +195,7 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
         ])  # fmt: skip
         partials.append(place)
     rows, tile_rows = (tiles.to_device(x, device) for x in (_matrix_rows(parts, starts, spans), tile_rows))
-    volume = sum(part.shape[0] * part.size for part in parts)
+    volume = sum(part.numel for part in parts)
     return Tables(parts, rows, tile_rows, passes[0][0].programs, passes, groups, partials, changes, volume)
 
 
@@ -224,9 +222,12 @@ def _matrix_rows(parts: Sequence[Part], starts: Tensor, spans: Tensor) -> Tensor
     first = 0
     for part in parts:
         addresses = [part.averages[name].data_ptr() if name in part.averages else 0 for name in MATRIX[:5]]
-        for i, own in enumerate(zip(part.streams, part.positions, strict=True)):
-            rows.append([*(x + 4 * i * part.size for x in addresses), first, part.shape[2], part.size, *own])
-            first += part.size
+        count, size = part.shape[0], part.shape[1] * part.shape[2]
+        batch = count // len(part.streams)
+        for i in range(count):
+            own = first + i * size, part.shape[2], size, part.streams[i // batch], i % batch * size
+            rows.append([*(x + 4 * i * size for x in addresses), *own])
+        first += part.numel
     return torch.cat([torch.tensor(rows), starts[:, None], spans[:, None]], dim=1)
 
 

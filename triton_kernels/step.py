@@ -76,17 +76,9 @@ def _find_tile(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, H
     offsets = own_rows[:, None] * columns + own_columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     final = mask & ((goes_on(row_ptr, HEIGHT)[:, None] | goes_on(column_ptr, WIDTH)[None, :]) == 0)
-    return (
-        matrix,
-        matrices_ptr,
-        numbers_ptr + matrix * _N,
-        values_ptr + first,
-        row_ptr,
-        column_ptr,
-        offsets,
-        mask,
-        final,
-    )
+    numbers_ptr += matrix * _N
+    values_ptr += first
+    return matrix, matrices_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, final
 
 
 @triton.jit

@@ -176,7 +176,6 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
         leaves[2].append(_table(own, column, first + torch.arange(width), width, height))
     programs, *of_leaves = (torch.cat(tables) for tables in leaves)
     passes: list[list[Pass]] = []
-    groups: list[Tensor] = []
     partials: list[int] = []
     for axis in (0, 1):
         stages, place = [Pass(programs, of_leaves[axis], 0)], len(programs)
@@ -188,12 +187,12 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
             ]
             stages.append(_later_pass(members, place))
             place += len(stages[-1].programs)
-        groups.append(tiles.to_device(torch.cat([own.groups for own in stages]), device))
-        cut = groups[-1].split([len(own.groups) for own in stages])
         passes.append([
-            Pass(tiles.to_device(own.programs, device), part, own.first) for own, part in zip(stages, cut, strict=True)
+            Pass(tiles.to_device(own.programs, device), tiles.to_device(own.groups, device), own.first)
+            for own in stages
         ])  # fmt: skip
         partials.append(place)
+    groups = [torch.cat([own.groups for own in stages]) for stages in passes]
     rows, tile_rows = (tiles.to_device(x, device) for x in (_matrix_rows(parts, starts, spans), tile_rows))
     volume = sum(part.numel for part in parts)
     return Tables(parts, rows, tile_rows, passes[0][0].programs, passes, groups, partials, changes, volume)

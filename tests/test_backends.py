@@ -65,7 +65,7 @@ def difference(monkeypatch: pytest.MonkeyPatch, **options: Any) -> float:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "leading, innovation": {},
+    "leading, innovation": {"shapes": ((20, 13),)},
     "leading, secant": {"diagonal": "secant"},
     "full, innovation": {"block": 4, "lead": 4, "shapes": ((12, 9),)},
     "full, secant": {"block": 4, "lead": 4, "shapes": ((12, 9),), "diagonal": "secant"},

@@ -114,7 +114,8 @@ class ButterflyNormal(Distribution):
     def _mahalanobis(self, difference: Tensor) -> Tensor:
         """``x^T S^-1 x`` over the last axis."""
         squares = self.operator.to_eigenbasis(difference.unsqueeze(-1)).squeeze(-1).square()
-        return (squares / self.eigenvalues).sum(-1)
+        weights = self.eigenvalues.reciprocal()
+        return squares @ weights if weights.dim() == 1 else (squares * weights).sum(-1)
 
 
 @register_kl(ButterflyNormal, ButterflyNormal)

@@ -5,9 +5,9 @@ alone: inverse, square root, determinant, samples, a shift of the diagonal. Sour
 Y. LeCun, arXiv:1404.7195 (2014), section 2.
 
 Every operator is a ``SymmetricOperator`` of order n, or a batch of them, and multiplies as ``torch.matmul`` does: with
-``(n,)`` or ``(*batch, n, columns)``, the batches broadcast. Its arithmetic is done in its own dtype, float32 or float64:
-other input is converted. Products, ``logdet``, ``trace``, ``diagonal``,
-``eigenvalues`` and ``sample`` are differentiable in ``d``, in the argument and in the matrices of the rotations.
+``(n,)`` or ``(*batch, n, columns)``, the batches broadcast. Its arithmetic is done in its own dtype, float32 or
+float64: other input is converted. Products, ``logdet``, ``trace``, ``diagonal``, ``eigenvalues`` and ``sample`` are
+differentiable in ``d``, in the argument and in the matrices of the rotations.
 Complex vectors are multiplied part by part; NumPy arrays give NumPy arrays, by the rules of ``to_scipy``.
 
 With an estimate P of an inverse Hessian, ``(H + lambda I)^-1`` is ``P.inverse().shifted(lam).inverse()``.
@@ -46,7 +46,7 @@ class SymmetricOperator(ABC):
         """``Q diag(function(d)) Q^T``, an operator of the same class that shares Q.
 
         Args:
-            function: of ``d``, ``(*batch, n)``, element by element, such as ``torch.log`` or ``lambda d: d.clamp_min(0)``.
+            function: of ``d``, ``(*batch, n)``, element-wise, such as ``torch.log`` or ``lambda d: d.clamp_min(0)``.
         """
 
     @abstractmethod
@@ -274,7 +274,7 @@ class SymmetricOperator(ABC):
             return torch.complex(self._columns(x.real, function), self._columns(x.imag, function))
         shape = self.shape
         try:
-            torch.broadcast_shapes(shape[:-2], x.shape[:-2])
+            _broadcast(shape[:-2], x.shape[:-2])
             fits = x.shape[-min(x.dim(), 2)] == shape[-1]
         except (RuntimeError, IndexError):
             fits = False
@@ -351,14 +351,14 @@ class RotatedDiagonal(SymmetricOperator):
         return self.d.shape[: self.d.dim() - len(self.basis.shape)]
 
     def _rotate(self, x: Tensor, *, transpose: bool) -> Tensor:
-        batch = torch.broadcast_shapes(self._batch, x.shape[:-2])
+        batch = _broadcast(self._batch, x.shape[:-2])
         rotated = self._stacked(x, self.basis.to_rotated if transpose else self.basis.from_rotated)
         return rotated.expand(*batch, *x.shape[-2:])
 
     def _stacked(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A function of ``(count, *basis.shape, columns)``; axes of a batch that share a rotation are columns."""
         own = self._batch if self.basis.count > 1 else torch.Size()
-        batch = torch.broadcast_shapes(own, x.shape[:-2])
+        batch = _broadcast(own, x.shape[:-2])
         dims = len(batch)
         stack = [dims - len(own) + i for i, size in enumerate(own) if size > 1]
         shared = [dim for dim in range(dims) if dim not in stack]
@@ -428,6 +428,11 @@ def _worst(d: Tensor) -> str:
     if broken.numel():
         return f"an eigenvalue {broken[0].item():.3g}"
     return f"a smallest eigenvalue {d.min().item():.3g} and a smallest magnitude {d.abs().min().item():.3g}"
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
+    """``torch.broadcast_shapes``, which takes as long as a small product, where there is anything to broadcast."""
+    return torch.broadcast_shapes(a, b) if a and b else a or b
 
 
 def _cat(parts: list[Tensor], dim: int) -> Tensor:

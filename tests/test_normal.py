@@ -114,7 +114,9 @@ def test_expand_shares_the_operator():
     )
 
 
-@pytest.mark.parametrize(("batch", "own"), [((), (3,)), ((2, 3), (3,)), ((3,), (2, 1)), ((2, 3), (2, 3)), ((4, 1), (3,))])
+@pytest.mark.parametrize(
+    ("batch", "own"), [((), (3,)), ((2, 3), (3,)), ((3,), (2, 1)), ((2, 3), (2, 3)), ((4, 1), (3,))]
+)
 def test_a_batch_of_covariances(batch, own):
     """Each with a rotation of its own, and all with one."""
     count, plan = torch.Size(own).numel(), make_plan(7, 4, 2)

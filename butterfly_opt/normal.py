@@ -26,8 +26,8 @@ class ButterflyNormal(Distribution):
     in ``loc``, in the value, and in what ``S`` is differentiable in.
 
     Args:
-        loc: mean, ``(*batch_shape, n)``, float32 or float64.
-        operator: covariance S of order n, shared by the batch, of the dtype of ``loc``.
+        loc: mean, ``(..., n)``, float32 or float64.
+        operator: covariance S of order n, or a batch of them that broadcasts with ``loc``, of its dtype.
         validate_args: check ``loc``, the eigenvalues and the arguments of ``log_prob``; torch's default if None.
 
     Raises:
@@ -48,14 +48,15 @@ class ButterflyNormal(Distribution):
     has_rsample = True
 
     def __init__(self, loc: Tensor, operator: SymmetricOperator, validate_args: bool | None = None) -> None:
-        n = operator.shape[0]
+        n = operator.shape[-1]
         if loc.dim() < 1 or loc.shape[-1] != n:
             raise ValueError(f"loc must have shape (..., {n}), got {tuple(loc.shape)}")
         if loc.dtype != operator.dtype:
             raise TypeError(f"loc must have the dtype of the operator, {operator.dtype}, got {loc.dtype}")
-        self.loc, self.operator = loc, operator
+        batch_shape = torch.broadcast_shapes(loc.shape[:-1], operator.shape[:-2])
+        self.loc, self.operator = loc.expand(*batch_shape, n), operator
         self.eigenvalues = operator.eigenvalues()
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+        super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ButterflyNormal":
         """The distribution with its ``loc`` expanded to another batch shape; see ``torch.distributions``."""
@@ -99,7 +100,8 @@ class ButterflyNormal(Distribution):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """``loc + Q sqrt(d) z``, ``(*sample_shape, *batch_shape, n)``. Cost: one rotation a sample."""
-        return self.loc + self.operator.sample(self._extended_shape(torch.Size(sample_shape))[:-1])
+        z = torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + self.operator.from_eigenbasis((self.eigenvalues.sqrt() * z).unsqueeze(-1)).squeeze(-1)
 
     def entropy(self) -> Tensor:
         """``(log det S + n log 2 pi e) / 2``, ``(*batch_shape)``. Cost: O(n)."""
@@ -107,13 +109,13 @@ class ButterflyNormal(Distribution):
         return entropy.expand(self.batch_shape)
 
     def _logdet(self) -> Tensor:
-        return self.eigenvalues.log().sum()
+        return self.eigenvalues.log().sum(-1)
 
     def _mahalanobis(self, difference: Tensor) -> Tensor:
         """``x^T S^-1 x`` over the last axis."""
-        columns = difference.reshape(-1, difference.shape[-1]).T
-        squares = self.operator.to_eigenbasis(columns).square() / self.eigenvalues[:, None]
-        return squares.sum(0).view(difference.shape[:-1])
+        squares = self.operator.to_eigenbasis(difference.unsqueeze(-1)).squeeze(-1).square()
+        weights = self.eigenvalues.reciprocal()
+        return squares @ weights if weights.dim() == 1 else (squares * weights).sum(-1)
 
 
 @register_kl(ButterflyNormal, ButterflyNormal)
@@ -132,9 +134,10 @@ def _kl_butterfly_normal(p: ButterflyNormal, q: ButterflyNormal) -> Tensor:
     n = p.event_shape[0]
     index = torch.arange(n, device=p.loc.device)
     trace = p.loc.new_zeros(())
+    values_p, values_q = p.eigenvalues.unsqueeze(-2), q.eigenvalues.unsqueeze(-1)
     for columns in index.split(max(1, MAX_TRACE_NUMBERS // n)):
         units = torch.nn.functional.one_hot(columns, n).T.to(p.loc.dtype)
         overlaps = q.operator.to_eigenbasis(p.operator.from_eigenbasis(units)).square()
-        trace = trace + (overlaps * p.eigenvalues[columns] / q.eigenvalues[:, None]).sum()
+        trace = trace + (overlaps * values_p[..., columns] / values_q).sum((-2, -1))
     distance = q._mahalanobis(p.loc - q.loc)
     return 0.5 * (trace + distance - n + q._logdet() - p._logdet())

@@ -4,9 +4,10 @@
 alone: inverse, square root, determinant, samples, a shift of the diagonal. Source: M. Mathieu and
 Y. LeCun, arXiv:1404.7195 (2014), section 2.
 
-Every operator is a ``SymmetricOperator`` of order n. Its arithmetic is done in its own dtype,
-float32 or float64: other input is converted. Products, ``logdet``, ``trace``, ``diagonal``,
-``eigenvalues`` and ``sample`` are differentiable in ``d``, in the argument and in the matrices of the rotations.
+Every operator is a ``SymmetricOperator`` of order n, or a batch of them, and multiplies as ``torch.matmul`` does: with
+``(n,)`` or ``(*batch, n, columns)``, the batches broadcast. Its arithmetic is done in its own dtype, float32 or
+float64: other input is converted. Products, ``logdet``, ``trace``, ``diagonal``, ``eigenvalues`` and ``sample`` are
+differentiable in ``d``, in the argument and in the matrices of the rotations.
 Complex vectors are multiplied part by part; NumPy arrays give NumPy arrays, by the rules of ``to_scipy``.
 
 With an estimate P of an inverse Hessian, ``(H + lambda I)^-1`` is ``P.inverse().shifted(lam).inverse()``.
@@ -14,6 +15,7 @@ With an estimate P of an inverse Hessian, ``(H + lambda I)^-1`` is ``P.inverse()
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -33,27 +35,23 @@ class SymmetricOperator(ABC):
 
     @abstractmethod
     def eigenvalues(self) -> Tensor:
-        """``d``, shape ``(n,)``, in the order of the columns of Q (not sorted)."""
+        """``d``, shape ``(*batch, n)``, in the order of the columns of Q (not sorted)."""
 
     @abstractmethod
-    def to_eigenbasis(self, x: Tensor) -> Tensor:
-        """``Q^T x`` for ``x`` of shape ``(n,)`` or ``(n, columns)``. Cost: one rotation a column."""
-
-    @abstractmethod
-    def from_eigenbasis(self, u: Tensor) -> Tensor:
-        """``Q u``, the inverse of ``to_eigenbasis``."""
+    def _rotate(self, x: Tensor, *, transpose: bool) -> Tensor:
+        """``Q x`` or ``Q^T x`` for ``x`` of shape ``(*batch, n, columns)`` in the dtype of the operator."""
 
     @abstractmethod
     def map_eigenvalues(self, function: Callable[[Tensor], Tensor]) -> "SymmetricOperator":
         """``Q diag(function(d)) Q^T``, an operator of the same class that shares Q.
 
         Args:
-            function: element-wise, such as ``torch.log`` or ``lambda d: d.clamp_min(0)``.
+            function: of ``d``, ``(*batch, n)``, element-wise, such as ``torch.log`` or ``lambda d: d.clamp_min(0)``.
         """
 
     @abstractmethod
     def diagonal(self) -> Tensor:
-        """The diagonal of the n x n matrix, shape ``(n,)``, exact: ``(Q o Q) d``.
+        """The diagonal of the n x n matrix, shape ``(*batch, n)``, exact: ``(Q o Q) d``.
 
         Cost: O(n block^2) for the leading plan and O(n block) for the full one, memory O(n block) at most
             (``Rotation.squared``); O(m^2) memory where an axis of length m is rotated several times.
@@ -73,9 +71,9 @@ class SymmetricOperator(ABC):
 
     @property
     def shape(self) -> torch.Size:
-        """``(n, n)``."""
-        n = self.eigenvalues().numel()
-        return torch.Size((n, n))
+        """``(*batch, n, n)``."""
+        d = self.eigenvalues()
+        return torch.Size((*d.shape, d.shape[-1]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,33 +92,40 @@ class SymmetricOperator(ABC):
 
     __array_ufunc__ = None  # NumPy leaves ``array @ operator`` to us
 
+    def to_eigenbasis(self, x: Tensor) -> Tensor:
+        """``Q^T x``, shapes as in ``A @ x``. Cost: one rotation a column."""
+        return self._columns(x, partial(self._rotate, transpose=True))
+
+    def from_eigenbasis(self, u: Tensor) -> Tensor:
+        """``Q u``, shapes as in ``A @ u``."""
+        return self._columns(u, partial(self._rotate, transpose=False))
+
     @overload
     def __matmul__(self, x: Tensor) -> Tensor: ...
     @overload
     def __matmul__(self, x: NDArray[Any]) -> NDArray[Any]: ...
     def __matmul__(self, x: Any) -> Any:
-        """``A x`` for ``x`` of shape ``(n,)`` or ``(n, columns)``. Cost: two rotations a column.
+        """``A x`` for ``x`` of shape ``(n,)`` or ``(*batch, n, columns)``. Cost: two rotations a column.
 
         Raises:
             TypeError: if ``x`` is neither a tensor nor a NumPy array.
-            ValueError: for any other shape.
+            ValueError: for any other shape, and for batches that do not broadcast.
         """
         if isinstance(x, np.ndarray):
             return _numpy_product(self, x)
         if not isinstance(x, Tensor):
             raise TypeError(f"an operator multiplies tensors and NumPy arrays, got {type(x).__name__}")
-        rotated = self.to_eigenbasis(x)
-        d = self.eigenvalues()
-        return self.from_eigenbasis((d if rotated.dim() == 1 else d[:, None]) * rotated)
+        d = self.eigenvalues().unsqueeze(-1)
+        return self._columns(x, lambda c: self._rotate(d * self._rotate(c, transpose=True), transpose=False))
 
     def __rmatmul__(self, x: Any) -> Any:
-        """``x A`` for ``x`` of shape ``(n,)`` or ``(rows, n)``, see ``A @ x``."""
+        """``x A`` for ``x`` of shape ``(n,)`` or ``(*batch, rows, n)``, see ``A @ x``."""
         if not isinstance(x, Tensor | np.ndarray):
             raise TypeError(f"an operator multiplies tensors and NumPy arrays, got {type(x).__name__}")
-        return (self @ (x.T if x.ndim == 2 else x)).T if x.ndim == 2 else self @ x
+        return (self @ x.swapaxes(-1, -2)).swapaxes(-1, -2) if x.ndim > 1 else self @ x
 
     def solve(self, b: Tensor) -> Tensor:
-        """``A^-1 b`` for ``b`` of shape ``(n,)`` or ``(n, columns)``; two rotations a column.
+        """``A^-1 b``, shapes as in ``A @ b``; two rotations a column.
 
         Raises:
             ValueError: see ``inverse``.
@@ -133,7 +138,7 @@ class SymmetricOperator(ABC):
         """``tr(b^T A^-1 b)`` and ``log det A``, as in ``linear_operator``; what is not asked for is 0.
 
         Args:
-            inv_quad_rhs: b, ``(n,)`` or ``(n, columns)``.
+            inv_quad_rhs: b, shapes as in ``A @ b``.
             logdet: whether the second is asked for.
             reduce_inv_quad: sum over the columns.
 
@@ -141,16 +146,16 @@ class SymmetricOperator(ABC):
             ValueError: if the operator is not positive definite.
         """
         d = self.eigenvalues()
-        self._check_definite("inv_quad_logdet")
-        quad = d.new_zeros(())
+        self._check_positive("inv_quad_logdet")
+        quad = zero = d.new_zeros(d.shape[:-1])
         if inv_quad_rhs is not None:
-            quad = d.reciprocal() @ _energy(self.to_eigenbasis(inv_quad_rhs))
-            quad = quad.sum() if reduce_inv_quad else quad
-        return quad, self.logdet() if logdet else d.new_zeros(())
+            quad = self._weighted_squares(d.reciprocal(), inv_quad_rhs)
+            quad = quad.sum(-1) if reduce_inv_quad and inv_quad_rhs.dim() > 1 else quad
+        return quad, self.logdet() if logdet else zero
 
     def quadratic(self, x: Tensor) -> Tensor:
-        """``x^H A x``: 0-d for ``x`` of shape ``(n,)``, ``(columns,)`` for ``(n, columns)``; one rotation a column."""
-        return self.eigenvalues() @ _energy(self.to_eigenbasis(x))
+        """``x^H A x``: ``(*batch,)`` for ``x`` of shape ``(n,)``, else ``(*batch, columns)``; one rotation a column."""
+        return self._weighted_squares(self.eigenvalues(), x)
 
     def inverse(self) -> "SymmetricOperator":
         """``A^-1``.
@@ -171,48 +176,47 @@ class SymmetricOperator(ABC):
         Raises:
             ValueError: if an eigenvalue is negative.
         """
-        self._check_semidefinite("the square root")
+        self._check_positive("the square root", "semi-definite")
         return self.map_eigenvalues(torch.sqrt)
 
     def shifted(self, shift: float | Tensor) -> "SymmetricOperator":
-        """``A + shift I``, the damped operator."""
-        return self.map_eigenvalues(lambda d: d + shift)
+        """``A + shift I``, the damped operator; a batch of them for a batch of shifts."""
+        return self.map_eigenvalues(lambda d: d + (shift.unsqueeze(-1) if isinstance(shift, Tensor) else shift))
 
     def logdet(self) -> Tensor:
-        """``log det A = sum log d``, 0-d. Cost: O(n).
+        """``log det A = sum log d``, ``(*batch,)``. Cost: O(n).
 
         Raises:
             ValueError: if an eigenvalue is not positive.
         """
-        self._check_definite("logdet")
-        return self.eigenvalues().log().sum()
+        self._check_positive("logdet")
+        return self.eigenvalues().log().sum(-1)
 
     def trace(self) -> Tensor:
-        """``tr A = sum d``, 0-d. Cost: O(n)."""
-        return self.eigenvalues().sum()
+        """``tr A = sum d``, ``(*batch,)``. Cost: O(n)."""
+        return self.eigenvalues().sum(-1)
 
     def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
         """Samples of N(0, A): ``Q diag(sqrt d) z``, z standard normal.
 
         Args:
-            sample_shape: shape of the samples.
+            sample_shape: shape of the samples of each operator.
             generator: of ``z``, on the operator's device; torch's global one if None.
 
         Returns:
-            ``(*sample_shape, n)``, differentiable in ``d``. Cost: one rotation a sample.
+            ``(*sample_shape, *batch, n)``, differentiable in ``d``. Cost: one rotation a sample.
 
         Raises:
             ValueError: if an eigenvalue is negative.
         """
-        self._check_semidefinite("a covariance")
+        self._check_positive("a covariance", "semi-definite")
         d, count = self.eigenvalues(), torch.Size(sample_shape).numel()
-        z = torch.randn(d.numel(), count, dtype=d.dtype, device=d.device, generator=generator)
-        return self.from_eigenbasis(d.sqrt()[:, None] * z).T.reshape(*sample_shape, d.numel())
+        z = torch.randn(*d.shape, count, dtype=d.dtype, device=d.device, generator=generator)
+        return self.from_eigenbasis(d.sqrt().unsqueeze(-1) * z).movedim(-1, 0).reshape((*sample_shape, *d.shape))
 
     def to_dense(self) -> Tensor:
-        """The n x n matrix. Cost: n products, n^2 memory."""
-        d = self.eigenvalues()
-        return self @ torch.eye(d.numel(), dtype=d.dtype, device=d.device)
+        """The matrix, ``(*batch, n, n)``. Cost: n products, n^2 memory."""
+        return self @ torch.eye(self.shape[-1], dtype=self.dtype, device=self.device)
 
     def to_scipy(self) -> "LinearOperator":
         """A ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays, detached from the graph.
@@ -222,9 +226,12 @@ class SymmetricOperator(ABC):
 
         Raises:
             ImportError: if scipy is not installed.
+            ValueError: for a batch of operators.
         """
         from scipy.sparse.linalg import LinearOperator
 
+        if len(self.shape) > 2:
+            raise ValueError(f"scipy knows no batches, got an operator of shape {tuple(self.shape)}")
         doubled: list[SymmetricOperator] = []
 
         def product(x: NDArray[Any]) -> NDArray[Any]:
@@ -256,31 +263,44 @@ class SymmetricOperator(ABC):
             return DirectSum([((), SymmetricOperator.from_state_dict(part)) for part in state["parts"]])
         raise ValueError(f"state must be the state_dict of an operator, got kind = {kind!r}")
 
-    def _check_definite(self, what: str) -> None:
+    def _check_positive(self, what: str, kind: str = "definite") -> None:
         d = self.eigenvalues()
-        if not (d > 0).all():
-            raise ValueError(f"{what} needs a positive definite operator, got {_worst(d)}; use shifted(...)")
+        if not (d > 0 if kind == "definite" else d >= 0).all():
+            raise ValueError(f"{what} needs a positive {kind} operator, got {_worst(d)}; use shifted(...)")
 
-    def _check_semidefinite(self, what: str) -> None:
-        d = self.eigenvalues()
-        if not (d >= 0).all():
-            raise ValueError(f"{what} needs a positive semi-definite operator, got {_worst(d)}; use shifted(...)")
+    def _columns(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A linear function of ``(*batch, n, columns)``; a vector is one column, complex numbers are two."""
+        if x.is_complex():
+            return torch.complex(self._columns(x.real, function), self._columns(x.imag, function))
+        shape = self.shape
+        try:
+            _broadcast(shape[:-2], x.shape[:-2])
+            fits = x.shape[-min(x.dim(), 2)] == shape[-1]
+        except (RuntimeError, IndexError):
+            fits = False
+        if not fits:
+            raise ValueError(f"operator of shape {tuple(shape)} cannot multiply a tensor of shape {tuple(x.shape)}")
+        x = x.to(self.dtype)
+        return function(x.unsqueeze(-1)).squeeze(-1) if x.dim() == 1 else function(x)
 
-    def _check_shape(self, x: Tensor) -> None:
-        n = self.shape[0]
-        if x.dim() not in (1, 2) or x.shape[0] != n:
-            raise ValueError(f"operator of shape ({n}, {n}) cannot multiply a tensor of shape {tuple(x.shape)}")
+    def _weighted_squares(self, weights: Tensor, x: Tensor) -> Tensor:
+        """``sum_i weights_i |(Q^T x)_i|^2``."""
+        u = self.to_eigenbasis(x if x.dim() > 1 else x.unsqueeze(-1))
+        energy = u.real.square() + u.imag.square() if u.is_complex() else u.square()
+        squares = (weights.unsqueeze(-2) @ energy).squeeze(-2)
+        return squares if x.dim() > 1 else squares.squeeze(-1)
 
 
 class RotatedDiagonal(SymmetricOperator):
-    """The symmetric operator ``Q diag(d) Q^T`` of order n on flattened tensors of one shape.
+    """The symmetric operator ``Q diag(d) Q^T`` of order n on flattened tensors of one shape, or a batch of them.
 
     Args:
-        basis: the rotation of tensors of ``basis.shape``, of count 1; ``n = basis.shape.numel()``.
-        diagonal: ``d`` in rotated coordinates, of shape ``basis.shape``, float32 or float64.
+        basis: the rotation of tensors of ``basis.shape``; ``n = basis.shape.numel()``. Its count is that of the batch,
+            in order, or 1 where all share it.
+        diagonal: ``d`` in rotated coordinates, of shape ``(*batch, *basis.shape)``, float32 or float64.
 
     Raises:
-        ValueError: if the shapes differ, or the basis is that of several tensors.
+        ValueError: if the shapes do not belong together.
 
     Example:
         >>> operator = RotatedDiagonal.from_rotation(Rotation.identity(64), torch.rand(64))
@@ -288,37 +308,32 @@ class RotatedDiagonal(SymmetricOperator):
     """
 
     def __init__(self, basis: Basis, diagonal: Tensor) -> None:
-        if diagonal.shape != basis.shape:
-            raise ValueError(f"diagonal must have shape {tuple(basis.shape)}, got {tuple(diagonal.shape)}")
-        if basis.count != 1:
-            raise ValueError(f"an operator needs the basis of one tensor, got one of {basis.count}")
+        dims = diagonal.dim() - len(basis.shape)
+        if dims < 0 or diagonal.shape[dims:] != basis.shape or basis.count not in (1, diagonal.shape[:dims].numel()):
+            raise ValueError(
+                f"diagonal must have shape (*batch, {', '.join(map(str, basis.shape))}), of a batch of the "
+                f"{basis.count} of the basis, got {tuple(diagonal.shape)}"
+            )
         self.basis = basis
         self.d = diagonal
 
     @classmethod
     def from_rotation(cls, rotation: Rotation, diagonal: Tensor) -> "RotatedDiagonal":
-        """The operator of one rotation on vectors, ``diagonal`` of shape ``(n,)``."""
-        return cls(Basis(diagonal.shape, [(0, rotation)]), diagonal)
+        """The operator of a rotation of vectors, ``diagonal`` of shape ``(*batch, n)``."""
+        return cls(Basis(diagonal.shape[-1:], [(0, rotation)]), diagonal)
 
     def eigenvalues(self) -> Tensor:
-        """``d``, shape ``(n,)``, in the order of the columns of Q (not sorted)."""
-        return self.d.reshape(-1)
-
-    def to_eigenbasis(self, x: Tensor) -> Tensor:
-        """``Q^T x``, see ``SymmetricOperator``."""
-        return self._rotate(x, transpose=True)
-
-    def from_eigenbasis(self, u: Tensor) -> Tensor:
-        """``Q u``, see ``SymmetricOperator``."""
-        return self._rotate(u, transpose=False)
+        """``d``, see ``SymmetricOperator``."""
+        return self.d.reshape(*self._batch, self.basis.shape.numel())
 
     def map_eigenvalues(self, function: Callable[[Tensor], Tensor]) -> "RotatedDiagonal":
         """``Q diag(function(d)) Q^T``, see ``SymmetricOperator``."""
-        return RotatedDiagonal(self.basis, function(self.d))
+        d = function(self.eigenvalues())
+        return RotatedDiagonal(self.basis, d.reshape((*d.shape[:-1], *self.basis.shape)))
 
     def diagonal(self) -> Tensor:
         """The diagonal of the matrix, see ``SymmetricOperator``."""
-        return self.basis.squared(self.d).reshape(-1)
+        return self._stacked(self.eigenvalues().unsqueeze(-1), self.basis.squared).squeeze(-1)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "RotatedDiagonal":
         """The operator in another dtype or on another device, see ``SymmetricOperator``."""
@@ -331,13 +346,27 @@ class RotatedDiagonal(SymmetricOperator):
         """See ``SymmetricOperator``."""
         return {"kind": "RotatedDiagonal", "basis": self.basis.state_dict(), "diagonal": self.d.detach()}
 
+    @property
+    def _batch(self) -> torch.Size:
+        return self.d.shape[: self.d.dim() - len(self.basis.shape)]
+
     def _rotate(self, x: Tensor, *, transpose: bool) -> Tensor:
-        """``Q x`` or ``Q^T x``, all columns at once, in the shape that the basis rotates."""
-        self._check_shape(x)
-        if x.is_complex():
-            return torch.complex(self._rotate(x.real, transpose=transpose), self._rotate(x.imag, transpose=transpose))
-        rotated = x.to(self.d.dtype).reshape((*self.basis.shape, *x.shape[1:]))
-        return (self.basis.to_rotated if transpose else self.basis.from_rotated)(rotated).reshape(x.shape)
+        batch = _broadcast(self._batch, x.shape[:-2])
+        rotated = self._stacked(x, self.basis.to_rotated if transpose else self.basis.from_rotated)
+        return rotated.expand(*batch, *x.shape[-2:])
+
+    def _stacked(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of ``(count, *basis.shape, columns)``; axes of a batch that share a rotation are columns."""
+        own = self._batch if self.basis.count > 1 else torch.Size()
+        batch = _broadcast(own, x.shape[:-2])
+        dims = len(batch)
+        stack = [dims - len(own) + i for i, size in enumerate(own) if size > 1]
+        shared = [dim for dim in range(dims) if dim not in stack]
+        order = [*stack, dims, *shared, dims + 1]
+        x = x.expand(*batch, *x.shape[-2:]).permute(order)
+        columns = x.shape[len(stack) + 1 :].numel()
+        y = function(x.reshape(self.basis.count, *self.basis.shape, columns)).reshape(x.shape)
+        return y.permute([order.index(dim) for dim in range(dims + 2)])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(n={self.shape[0]}, tensor={tuple(self.basis.shape)})"
@@ -366,15 +395,12 @@ class DirectSum(SymmetricOperator):
 
     def eigenvalues(self) -> Tensor:
         """``d`` of the parts, one behind the other."""
-        return torch.cat([part.eigenvalues() for _, part in self._parts])
+        return _cat([part.eigenvalues() for _, part in self._parts], dim=-1)
 
-    def to_eigenbasis(self, x: Tensor) -> Tensor:
-        """``Q^T x``, see ``SymmetricOperator``."""
-        return torch.cat([part.to_eigenbasis(piece) for part, piece in self._pieces(x)])
-
-    def from_eigenbasis(self, u: Tensor) -> Tensor:
-        """``Q u``, see ``SymmetricOperator``."""
-        return torch.cat([part.from_eigenbasis(piece) for part, piece in self._pieces(u)])
+    def _rotate(self, x: Tensor, *, transpose: bool) -> Tensor:
+        pieces = x.split([part.shape[-1] for _, part in self._parts], dim=-2)
+        turned = zip(self._parts, pieces, strict=True)
+        return _cat([part._rotate(piece, transpose=transpose) for (_, part), piece in turned], dim=-2)
 
     def map_eigenvalues(self, function: Callable[[Tensor], Tensor]) -> "DirectSum":
         """``Q diag(function(d)) Q^T``, see ``SymmetricOperator``."""
@@ -382,7 +408,7 @@ class DirectSum(SymmetricOperator):
 
     def diagonal(self) -> Tensor:
         """The diagonals of the parts, see ``SymmetricOperator``."""
-        return torch.cat([part.diagonal() for _, part in self._parts])
+        return _cat([part.diagonal() for _, part in self._parts], dim=-1)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "DirectSum":
         """Every part in another dtype or on another device, see ``SymmetricOperator``."""
@@ -391,15 +417,6 @@ class DirectSum(SymmetricOperator):
     def state_dict(self) -> dict[str, Any]:
         """See ``SymmetricOperator``; the parameters are not part of it."""
         return {"kind": "DirectSum", "parts": [part.state_dict() for _, part in self._parts]}
-
-    def to_dense(self) -> Tensor:
-        """The block-diagonal n x n matrix."""
-        return torch.block_diag(*(part.to_dense() for _, part in self._parts))
-
-    def _pieces(self, x: Tensor) -> list[tuple[SymmetricOperator, Tensor]]:
-        self._check_shape(x)
-        pieces = x.split([part.shape[0] for _, part in self._parts])
-        return [(part, piece) for (_, part), piece in zip(self._parts, pieces, strict=True)]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, (part for _, part in self._parts)))})"
@@ -413,9 +430,15 @@ def _worst(d: Tensor) -> str:
     return f"a smallest eigenvalue {d.min().item():.3g} and a smallest magnitude {d.abs().min().item():.3g}"
 
 
-def _energy(x: Tensor) -> Tensor:
-    """``|x|^2``, entry by entry."""
-    return x.real.square() + x.imag.square() if x.is_complex() else x.square()
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
+    """``torch.broadcast_shapes``, which takes as long as a small product, where there is anything to broadcast."""
+    return torch.broadcast_shapes(a, b) if a and b else a or b
+
+
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    """Concatenates along a negative axis; the axes before it broadcast."""
+    batch = torch.broadcast_shapes(*(part.shape[:dim] for part in parts))
+    return torch.cat([part.expand(*batch, *part.shape[dim:]) for part in parts], dim)
 
 
 def _numpy_product(

@@ -22,6 +22,13 @@ def num_skew(n: int, *, block: int = 64, lead: int = 16) -> int:
     return _num_skew(make_plan(n, block, lead))
 
 
+def num_angles(plan: Plan) -> int:
+    """Free angles of a rotation: those among the leading outputs of a group are its parent's too, and count once."""
+    shared = 0 if plan.is_full else plan.lead * (plan.lead - 1) // 2
+    groups = sum(run.groups for stage in plan.stages[:-1] for run in stage.runs)
+    return _num_skew(plan) - shared * groups
+
+
 def butterfly_rotation(
     x: Tensor, skew: Tensor, *, block: int = 64, lead: int = 16, dim: int = -1, transpose: bool = False
 ) -> Tensor:

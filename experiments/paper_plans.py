@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from butterfly_opt import RotatedDiagonal, fit_symmetric
+from butterfly_opt.orthogonal import num_angles
 from butterfly_opt.plan import check_plan, make_plan
 from experiments.config import ConfigError
 from experiments.paper_files import check_at_least
@@ -35,13 +36,8 @@ class PlanConfig:
         check_at_least(1, rotations=self.rotations)
 
     def angles(self, n: int) -> int:
-        """Free angles on n coordinates: b (b - 1) / 2 a group, without those that it shares with its parent."""
-        plan = make_plan(n, self.block, self.lead)
-        count = 0
-        for stage in plan.stages:
-            shared = 0 if plan.is_full or stage is plan.stages[-1] else self.lead * (self.lead - 1) // 2
-            count += sum(run.groups * (run.size * (run.size - 1) // 2 - shared) for run in stage.runs)
-        return self.rotations * count
+        """Free angles on n coordinates."""
+        return self.rotations * num_angles(make_plan(n, self.block, self.lead))
 
     def fit(self, matrix: Tensor) -> RotatedDiagonal:
         """Fitted to a positive definite matrix, for the likelihood; radix 2 knows only the energy."""

@@ -15,9 +15,12 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 from sklearn.utils.estimator_checks import check_estimator
 
+from butterfly_opt import mixture
 from butterfly_opt.mixture import ButterflyMixture
 from butterfly_opt.operators import RotatedDiagonal
+from butterfly_opt.plan import make_plan
 from butterfly_opt.rotation import Rotation, orthogonalize
+from butterfly_opt.sweep import sweep
 
 
 def planted(counts=(200, 300), n=8, *, apart=4.0, seed=0):
@@ -122,6 +125,45 @@ def test_digits_beat_full_and_diagonal_covariances_on_held_out_samples():
         seconds[name] = time.perf_counter() - start
     print({name: (round(scores[name], 2), round(seconds[name], 2)) for name in scores})
     assert min(scores[name] for name in plans) > max(scores["full"], scores["diag"]) + 5
+
+
+@pytest.mark.parametrize("ridge", [1e-2, 1e-6, 0.0])
+@pytest.mark.parametrize(("n", "count"), [(13, 5), (13, 40), (40, 30), (40, 100), (8, 3)])
+def test_the_batched_sweep_is_that_of_the_matrix(n, count, ridge):
+    """Eigenvectors up to their signs: eigenvalues of the fitted operators agree. Few samples, and many."""
+    if ridge == 0 and count < n:
+        pytest.skip("singular")
+    plan = make_plan(n, 8, 2)
+    columns = torch.randn(3, n, count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    columns = columns * torch.logspace(0, 1, n, dtype=torch.float64)[:, None] / count**0.5
+    found = Rotation(plan, mixture._sweep(columns, ridge, plan))
+    for k, own in enumerate(columns):
+        covariance = own @ own.T + ridge * torch.eye(n, dtype=torch.float64)
+        expected = sweep(covariance, plan, "logdet")
+        values = [
+            (rotation.to_rotated(own[None])[0].square().sum(1) + ridge).sort().values
+            for rotation in (expected, Rotation(plan, found.matrices[k : k + 1]))
+        ]
+        torch.testing.assert_close(values[1], values[0], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rest", [0.2, 1e-6])
+def test_components_at_rest_are_left_alone(rest, monkeypatch):
+    """Two components that exchange samples and one that is far away: it is fitted thrice at most."""
+    X, _, _ = planted((150, 150), n=13, apart=0.7, seed=3)
+    X = np.concatenate((X, planted((100,), n=13, seed=5)[0] + 100))
+    fitted, maximize = [], ButterflyMixture._maximize_
+
+    def count(self, mixture, samples, responsibilities, chosen, **options):
+        fitted.extend(round(float(mean)) for mean in (responsibilities @ samples).mean(1) / responsibilities.sum(1))
+        return maximize(self, mixture, samples, responsibilities, chosen, **options)
+
+    monkeypatch.setattr(ButterflyMixture, "_maximize_", count)
+    monkeypatch.setattr(mixture, "REST", rest)
+    model = ButterflyMixture(3, block=4, lead=2, random_state=0, tol=1e-4).fit(X)
+    assert model.n_iter_ > 4
+    far = sum(mean > 50 for mean in fitted)
+    assert far <= 3 < len(fitted) - far
 
 
 def test_means_to_start_from():

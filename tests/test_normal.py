@@ -114,6 +114,36 @@ def test_expand_shares_the_operator():
     )
 
 
+@pytest.mark.parametrize(
+    ("batch", "own"), [((), (3,)), ((2, 3), (3,)), ((3,), (2, 1)), ((2, 3), (2, 3)), ((4, 1), (3,))]
+)
+def test_a_batch_of_covariances(batch, own):
+    """Each with a rotation of its own, and all with one."""
+    count, plan = torch.Size(own).numel(), make_plan(7, 4, 2)
+    generator = torch.Generator().manual_seed(0)
+    skews = [torch.randn(num_skew(7, block=4, lead=2), generator=generator).double() for _ in range(count)]
+    matrices = torch.cat([group_matrices(plan, skew) for skew in skews])
+    d = 0.1 + 4 * torch.rand(*own, 7, generator=generator, dtype=torch.float64)
+    loc = torch.randn(*batch, 7, generator=generator, dtype=torch.float64)
+    for rotation in (Rotation(plan, matrices), Rotation(plan, matrices[:1])):
+        covariance = RotatedDiagonal.from_rotation(rotation, d)
+        ours, dense = ButterflyNormal(loc, covariance), MultivariateNormal(loc, covariance.to_dense())
+        assert ours.batch_shape == dense.batch_shape
+        value = dense.sample((5,))
+        torch.testing.assert_close(ours.log_prob(value), dense.log_prob(value), **EXACT)
+        torch.testing.assert_close(ours.entropy(), dense.entropy(), **EXACT)
+        torch.testing.assert_close(ours.variance, dense.variance, **EXACT)
+        q, dense_q = pair(7, seed=7)
+        torch.testing.assert_close(kl_divergence(ours, q), kl_divergence(dense, dense_q), **EXACT)
+        torch.testing.assert_close(kl_divergence(q, ours), kl_divergence(dense_q, dense), **EXACT)
+        # All draws of a batch are independent, where the operators are shared too.
+        samples = ours.expand((2, *ours.batch_shape)).sample((20_000,)) - ours.loc
+        assert samples.shape == (20_000, 2, *ours.batch_shape, 7)
+        both = torch.einsum("s...i,s...j->...ij", samples, samples).div(len(samples)) - dense.covariance_matrix
+        assert both.abs().max() < 0.25
+        assert (samples[:, 0] * samples[:, 1]).mean(0).abs().max() < 0.2
+
+
 def test_direct_sums_are_independent_blocks():
     parts = operator(3), operator(5, seed=1)
     loc = torch.arange(8, dtype=torch.float64)

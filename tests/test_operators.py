@@ -2,11 +2,14 @@
 
 import io
 import math
+import re
 
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from butterfly_opt.basis import Basis
 from butterfly_opt.operators import DirectSum, RotatedDiagonal, SymmetricOperator
@@ -42,8 +45,34 @@ def rotated_diagonal(shape, *, block=8, lead=2, axes=None, seed=0):
 
 
 def direct_sum(*parts):
+    """The sum of operators, and the block-diagonal matrices of what their batches broadcast to."""
     operators, matrices = zip(*parts, strict=True)
-    return DirectSum([((), operator) for operator in operators]), torch.block_diag(*matrices)
+    n, start, dense = sum(matrix.shape[-1] for matrix in matrices), 0, 0
+    for matrix in matrices:
+        rest = n - start - matrix.shape[-1]
+        dense = dense + torch.nn.functional.pad(matrix, (start, rest, start, rest))
+        start += matrix.shape[-1]
+    return DirectSum([((), operator) for operator in operators]), dense
+
+
+def batch(shape, *members, shared=False):
+    """Operators of one shape and plan as a batch of the given shape; with one rotation where it is shared."""
+    operators, matrices = zip(*members, strict=True)
+    bases = [operator.basis for operator in operators]
+    rotations = [
+        (dim, Rotation(r.plan, torch.cat([basis.rotations[i][1].matrices for basis in bases])))
+        for i, (dim, r) in enumerate(bases[0].rotations)
+    ]
+    basis = bases[0] if shared else Basis(bases[0].shape, rotations)
+    diagonal = torch.stack([operator.d for operator in operators]).view(*shape, *basis.shape)
+    if shared:
+        Q = operators[0].from_eigenbasis(torch.eye(len(matrices[0]), dtype=torch.float64))
+        matrices = [Q @ torch.diag(operator.d.flatten()) @ Q.T for operator in operators]
+    return RotatedDiagonal(basis, diagonal), torch.stack(matrices).view(*shape, *matrices[0].shape)
+
+
+def seeds(number, *args, **options):
+    return [rotated_diagonal(*args, **options, seed=seed) for seed in range(number)]
 
 
 OPERATORS = {
@@ -64,39 +93,71 @@ OPERATORS = {
         direct_sum(rotated_diagonal((3,)), rotated_diagonal((1,))), rotated_diagonal((6,))
     ),
 }
+BATCHES = {
+    "rotations": lambda: batch((3,), *seeds(3, (13,))),
+    "diagonals": lambda: batch((3,), *seeds(3, (13,)), shared=True),
+    "one": lambda: batch((1,), *seeds(1, (5,))),
+    "matrices of two axes": lambda: batch((2, 3), *seeds(6, (4, 3), block=2, lead=2)),
+    "two rotations in a row": lambda: batch((2,), *seeds(2, (11,), block=3, lead=3, axes=(0, 0))),
+    "axes of length one": lambda: batch((2, 1, 2), *seeds(4, (6,))),
+    "long": lambda: batch((2,), *seeds(2, (300,), block=64, lead=16)),
+    "unrotated": lambda: batch((2, 2), *seeds(4, (3,), axes=())),
+    "direct sum": lambda: direct_sum(
+        batch((2, 1), *seeds(2, (3,))), rotated_diagonal((4,)), batch((3,), *seeds(3, (2,)))
+    ),
+}
+BATCHES = {f"batch: {name}": make for name, make in BATCHES.items()}
+SINGLE, OPERATORS = OPERATORS, OPERATORS | BATCHES
 every = pytest.mark.parametrize("name", OPERATORS)
+every_single = pytest.mark.parametrize("name", SINGLE)
 
 
 def close(ours, theirs):
     torch.testing.assert_close(ours.double(), torch.as_tensor(theirs), **TOLERANCE[ours.dtype])
 
 
+def right_hand_sides(dense):
+    """``(n,)`` and ``(*batch, n, 3)`` of batches that broadcast with those of the operator."""
+    n, own = dense.shape[-1], dense.shape[:-2]
+    shapes = {(n,), (n, 3), (*own, n, 3), (2, *(1 for _ in own), n, 3), (2, *own, n, 3), (*own[1:], n, 3)}
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in sorted(shapes)]
+
+
+def quadratic(x, y):
+    """``x^T y``, column by column."""
+    return (x * y).sum(-1 if x.dim() == 1 else -2)
+
+
 @every
 def test_products(name):
     operator, dense = OPERATORS[name]()
-    n = dense.shape[0]
-    x = torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    n = dense.shape[-1]
     close(operator.to_dense(), dense)
-    close(operator @ x, dense @ x)
-    close(operator @ x[:, 0], dense @ x[:, 0])
-    close(operator.T @ x, dense.T @ x)
-    close(operator.quadratic(x), (x * (dense @ x)).sum(0))
-    close(operator.quadratic(x[:, 0]), x[:, 0] @ dense @ x[:, 0])
-    close(operator.from_eigenbasis(operator.to_eigenbasis(x)), x)
-    assert (operator @ x[:, :0]).shape == (n, 0)
-    assert operator.shape == (n, n)
+    for x in right_hand_sides(dense):
+        close(operator @ x, dense @ x)
+        close(operator.T @ x, dense @ x)
+        close(x.mT @ operator if x.dim() > 1 else x @ operator, x.mT @ dense if x.dim() > 1 else x @ dense)
+        close(operator.quadratic(x), quadratic(x, dense @ x))
+        if x.dim() > 1:
+            u = operator.to_eigenbasis(x)
+            assert u.shape == (dense @ x).shape
+            close(operator.from_eigenbasis(u), x.expand(u.shape))
+    assert (operator @ torch.ones(n, 0, dtype=torch.float64)).shape == (*dense.shape[:-1], 0)
+    assert operator.shape == dense.shape
     assert operator.dtype == torch.float64
     assert operator.device.type == "cpu"
-    with pytest.raises(ValueError, match=rf"operator of shape \({n}, {n}\) cannot multiply .* shape \({n + 1},\)"):
-        operator @ torch.randn(n + 1)
-    with pytest.raises(ValueError, match=r"cannot multiply a tensor of shape \(1, 1, 1\)"):
-        operator @ torch.randn(1, 1, 1)
+    apart = [(7, *dense.shape[1:-1], 1)] if dense.dim() > 2 and dense.shape[0] > 1 else []
+    for wrong in ((n + 1,), (n + 1, n), (), *apart):
+        shapes = f"operator of shape {tuple(dense.shape)} cannot multiply a tensor of shape {wrong}"
+        with pytest.raises(ValueError, match=re.escape(shapes)):
+            operator @ torch.ones(wrong)
 
 
 @every
 def test_functions_of_the_matrix(name):
     operator, dense = OPERATORS[name]()
-    eye = torch.eye(dense.shape[0], dtype=torch.float64)
+    eye = torch.eye(dense.shape[-1], dtype=torch.float64)
     close(operator.inverse().to_dense(), torch.linalg.inv(dense))
     close(operator.sqrt().to_dense() @ operator.sqrt().to_dense(), dense)
     assert torch.linalg.eigvalsh(operator.sqrt().to_dense()).min() > 0
@@ -105,21 +166,21 @@ def test_functions_of_the_matrix(name):
     close(damped.to_dense(), torch.linalg.inv(torch.linalg.inv(dense) + 0.3 * eye))
     close(operator.map_eigenvalues(torch.square).to_dense(), dense @ dense)
     close(operator.logdet(), torch.linalg.slogdet(dense).logabsdet)
-    close(operator.trace(), dense.trace())
-    close(operator.diagonal(), dense.diagonal())
-    close(operator.eigenvalues().sort().values, torch.linalg.eigvalsh(dense))
+    close(operator.trace(), dense.diagonal(dim1=-2, dim2=-1).sum(-1))
+    close(operator.diagonal(), dense.diagonal(dim1=-2, dim2=-1))
+    close(operator.eigenvalues().sort(-1).values, torch.linalg.eigvalsh(dense))
 
 
 @every
 def test_samples(name):
     operator, dense = OPERATORS[name]()
-    n = dense.shape[0]
+    *own, n, _ = dense.shape
     ours = operator.sample((2, 3), generator=torch.Generator().manual_seed(2))
     # The same normal numbers through the symmetric square root of the dense matrix have the same norm in its metric.
-    z = torch.randn(n, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    assert ours.shape == (2, 3, n)
-    close(operator.inverse().quadratic(ours.reshape(6, n).T), z.square().sum(0))
-    assert operator.sample().shape == (n,)
+    z = torch.randn(*own, n, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert ours.shape == (2, 3, *own, n)
+    close(operator.inverse().quadratic(ours.flatten(0, 1).movedim(0, -1)), z.square().sum(-2))
+    assert operator.sample().shape == (*own, n)
 
 
 @pytest.mark.parametrize("name", ["two axes, twice", "direct sum"])
@@ -137,13 +198,13 @@ def test_dtype_and_state(name):
     operator, dense = OPERATORS[name]()
     single = operator.to(torch.float32)
     assert single.dtype == torch.float32
-    x = torch.randn(dense.shape[0], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(dense.shape[-1], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     assert (single @ x).dtype == torch.float32
     for ours, theirs in (
         (single @ x, dense @ x),
-        (single.inverse() @ x, torch.linalg.solve(dense, x)),
+        (single.inverse() @ x, torch.linalg.inv(dense) @ x),
         (single.logdet(), torch.linalg.slogdet(dense).logabsdet),
-        (single.diagonal(), dense.diagonal()),
+        (single.diagonal(), dense.diagonal(dim1=-2, dim2=-1)),
     ):
         close(ours, theirs)
     close(operator.to(device="cpu").to_dense(), dense)
@@ -158,7 +219,7 @@ def test_dtype_and_state(name):
         operator.to(torch.bfloat16)
 
 
-@every
+@every_single
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scipy(name, dtype):
     operator, dense = OPERATORS[name]()
@@ -181,18 +242,18 @@ def test_scipy(name, dtype):
 @every
 def test_gradients_of_the_diagonal_and_the_argument(name):
     operator, dense = OPERATORS[name]()
-    if dense.shape[0] > 30:
+    if dense.shape[-1] > 30:
         pytest.skip("numerical derivatives of every entry")
-    d = operator.eigenvalues().clone().requires_grad_()
-    x = torch.randn(dense.shape[0], 2, dtype=torch.float64, requires_grad=True)
+    diagonals = [d.clone().requires_grad_() for d in leaves(operator)]
+    x = torch.randn(dense.shape[-1], 2, dtype=torch.float64, requires_grad=True)
 
-    def values(d, x):
-        parts = iter(d.split([part.numel() for part in leaves(operator)]))
-        ours = operator.map_eigenvalues(lambda old: next(parts).view(old.shape))
+    def values(x, *diagonals):
+        new = iter(diagonals)
+        ours = operator.map_eigenvalues(lambda _: next(new))
         sample = ours.sample((2,), generator=torch.Generator().manual_seed(0))
         return ours @ x, ours.logdet(), ours.trace(), ours.diagonal(), ours.quadratic(x), sample
 
-    assert torch.autograd.gradcheck(values, (d, x))
+    assert torch.autograd.gradcheck(values, (x, *diagonals), fast_mode=dense.dim() > 2)
 
 
 def leaves(operator):
@@ -205,16 +266,47 @@ def leaves(operator):
 def test_solves_and_what_gaussian_processes_ask_for(name):
     """The two methods are those of ``linear_operator``."""
     operator, dense = OPERATORS[name]()
-    b = torch.randn(dense.shape[0], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    solved = torch.linalg.solve(dense, b)
-    close(operator.solve(b), solved)
-    close(operator.solve(b[:, 0]), solved[:, 0])
-    quad, logdet = operator.inv_quad_logdet(b, logdet=True)
-    close(quad, (b * solved).sum())
-    close(logdet, torch.logdet(dense))
-    close(operator.inv_quad_logdet(b, reduce_inv_quad=False)[0], (b * solved).sum(0))
-    close(operator.inv_quad_logdet(b[:, 0])[0], b[:, 0] @ solved[:, 0])
-    assert operator.inv_quad_logdet() == (0, 0)
+    close(operator.inv_quad_logdet(logdet=True)[1], torch.logdet(dense))
+    for b in right_hand_sides(dense):
+        solved = torch.linalg.inv(dense) @ b
+        close(operator.solve(b), solved)
+        each = quadratic(b, solved)
+        close(operator.inv_quad_logdet(b)[0], each if b.dim() == 1 else each.sum(-1))
+        close(operator.inv_quad_logdet(b, reduce_inv_quad=False)[0], each)
+    for nothing in operator.inv_quad_logdet():
+        torch.testing.assert_close(nothing, torch.zeros(dense.shape[:-2], dtype=torch.float64))
+
+
+def test_a_batch_of_shifts_makes_a_batch():
+    operator, dense = SINGLE["two axes"]()
+    shifts = torch.tensor([[0.1], [1.0]], dtype=torch.float64)
+    close(operator.shifted(shifts).to_dense(), dense + shifts[..., None, None] * torch.eye(24, dtype=torch.float64))
+    operator, dense = BATCHES["batch: rotations"]()
+    shifts = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)
+    close(operator.shifted(shifts).to_dense(), dense + shifts[..., None, None] * torch.eye(13, dtype=torch.float64))
+    with pytest.raises(ValueError, match="scipy knows no batches, got an operator of shape \\(3, 13, 13\\)"):
+        operator.to_scipy()
+
+
+@pytest.mark.parametrize(("block", "lead"), [(2, 2), (8, 8), (64, 16), (64, 32)])
+def test_the_diagonal_takes_memory_of_order_n_block(block, lead):
+    """The largest tensor that it makes, in a batch too: of a dense matrix there would be n^2 numbers each."""
+    n, members = 4096, 3
+    made = Rotation.identity(n, block=block, lead=lead, count=members)
+    operator = RotatedDiagonal.from_rotation(made, torch.rand(members, n))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+            return out
+
+    with Watch():
+        diagonal = operator.diagonal()
+    torch.testing.assert_close(diagonal, operator.eigenvalues())
+    assert largest <= 2 * members * n * block
 
 
 @pytest.mark.parametrize("name", ["odd vector", "two axes", "direct sum"])
@@ -277,8 +369,10 @@ def test_stacks_of_tensors_are_rotated_each_by_itself():
     assert again.to_rotated(x.float()).dtype == torch.float32
     with pytest.raises(ValueError, match=r"a basis of 2 x \(4, 5\) cannot rotate shape \(4, 5\)"):
         stack.to_rotated(x[0, ..., 0])
-    with pytest.raises(ValueError, match="an operator needs the basis of one tensor, got one of 2"):
-        RotatedDiagonal(stack, torch.ones(4, 5))
+    wanted = r"diagonal must have shape \(\*batch, 4, 5\), of a batch of the 2 of the basis, got "
+    for shape in ((4, 5), (3, 4, 5)):
+        with pytest.raises(ValueError, match=wanted + re.escape(str(shape))):
+            RotatedDiagonal(stack, torch.ones(shape))
 
 
 @pytest.mark.parametrize("name", ["vector", "direct sum"])
@@ -324,7 +418,7 @@ def test_direct_sums_are_indexed_by_parameter_and_number():
 
 def test_what_is_refused():
     operator, _ = rotated_diagonal((3,))
-    with pytest.raises(ValueError, match=r"diagonal must have shape \(3,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"diagonal must have shape \(\*batch, 3\), .* got \(2,\)"):
         RotatedDiagonal(operator.basis, torch.ones(2))
     turn = Rotation.identity(4, dtype=torch.float32)
     with pytest.raises(TypeError, match=r"rotations must be float32 or float64, got torch.float16"):

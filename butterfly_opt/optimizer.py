@@ -424,7 +424,8 @@ class Butterfly(Optimizer):
     def preconditioner(self, target: Tensor | dict[str, Any] | None = None) -> RotatedDiagonal | DirectSum:
         """What a step multiplies the momentum with, but for ``lr``: ``Q diag(1 / (sqrt(V + m^2) + eps)) Q^T``.
 
-        With ``m = Q^T gbar``: a step also leans to the newest gradient, by the share ``1 - beta1``.
+        With ``m = Q^T gbar``: a step also leans to the newest gradient, by the share ``1 - beta1``. For "secant" with
+        the mean displacement and curvature of now, where a step takes those of the step before.
 
         Args:
             target: a parameter, a parameter group, or None for all groups.

@@ -1,0 +1,201 @@
+"""Butterfly beside Adam and SOAP on the analytic tasks of LightBench, with a reader's checkout of it.
+
+    git clone https://github.com/HomebrewML/LightBench
+    python -m experiments.lightbench --checkout LightBench [--task NAME ...] [--level NAME ...] [--optimizer NAME ...]
+
+Every optimizer has the same attempts at a level: `--trials` learning rates in a geometric grid, all else at its
+defaults, no weight decay, float32, `--steps` steps, the noise of an attempt the same for all. As in the benchmark an
+attempt is won if a loss of a group of 256 steps, with the parameters at the group's end, meets the task's condition; a
+level is won if an attempt is; levels are climbed, and behind the first that is lost the others count as lost. Networks,
+data sets and levels of more than `MAX_PARAMS` parameters are left out. Writes into the output folder
+
+    lightbench.csv      one row an optimizer, level and seed
+    lightbench.md       the counts, and every level that tells the optimizers apart, those that others win first
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from experiments.benchmarking import commit_of, describe_environment, note
+from experiments.config import Component, ConfigError
+from experiments.lightbench_tasks import LEVELS, Task, attempt, build_task, levels_of, opened, tasks_of
+from experiments.optimizers import check_optimizer
+from experiments.report import format_table
+from experiments.suite import code_digest, select
+from experiments.train import Parser, exit_code
+
+OPTIMIZERS = {
+    "Butterfly": Component("Butterfly"),
+    "Adam": Component("Adam"),
+    "SOAP": Component("pytorch_optimizer.SOAP", {"weight_decay": 0.0}),
+}
+MAX_PARAMS = 2**18
+LOWEST_RATE, HIGHEST_RATE = 1e-4, 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One optimizer on one level: `lr` is the rate that won, `trials` 0 where the level before was lost already."""
+
+    task: str
+    level: str
+    seed: int
+    optimizer: str
+    won: bool
+    lr: float | None
+    trials: int
+    seconds: float
+    error: str
+
+
+def rates(trials: int, first: float) -> list[float]:
+    """A geometric grid from LOWEST_RATE to HIGHEST_RATE, the nearest to `first` first: an order that saves time."""
+    span = math.log(HIGHEST_RATE / LOWEST_RATE)
+    grid = [LOWEST_RATE * math.exp(span * i / (trials - 1)) for i in range(trials)]
+    return sorted(grid, key=lambda rate: abs(math.log(rate / first)))
+
+
+def climb(
+    name: str, tasks: Mapping[str, Task], optimizer: str, *, seed: int, trials: int, every: bool
+) -> Iterator[Row]:
+    """The rows of an optimizer over the levels of a task; behind the first lost one none is tried, unless `every`."""
+    first, lost = 0.1, False
+    for level, task in tasks.items():
+        start, count, won, error = time.perf_counter(), 0, None, ""
+        for rate in [] if lost and not every else rates(trials, first):
+            count += 1
+            try:
+                won = rate if attempt(task, OPTIMIZERS[optimizer], rate, seed=1000 + seed) else None
+            except (ArithmeticError, RuntimeError, TypeError, ValueError) as raised:  # a task or an optimizer gives up
+                error = f"{type(raised).__name__}: {raised}".splitlines()[0][:100]
+            if won is not None:
+                first = won
+                break
+        lost = lost or won is None
+        seconds = round(time.perf_counter() - start, 1)
+        yield Row(name, level, seed, optimizer, won is not None, won, count, seconds, error if won is None else "")
+
+
+def run(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The rows of all tasks, seeds and optimizers; levels that cannot be built or are too large are named on stderr."""
+    with opened(arguments.checkout) as load, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tasks: shapes that broadcast
+        for name in select(tasks_of(arguments.checkout), arguments.task, "task"):
+            module = load(name)
+            for seed in arguments.seeds:
+                tasks = {}
+                for level in [
+                    level for level in levels_of(module) if level in select(LEVELS, arguments.level, "level")
+                ]:
+                    try:
+                        task = build_task(module, level, seed=seed, steps=arguments.steps)
+                    except Exception as error:  # some levels name parameters that their model does not take
+                        note(f"{name} {level} is left out: {error}")
+                        continue
+                    size = sum(parameter.numel() for parameter in task.model.parameters())
+                    if size <= MAX_PARAMS:
+                        tasks[level] = task
+                    else:
+                        note(f"{name} {level} is left out: {size} parameters, more than {MAX_PARAMS}")
+                for optimizer in select(OPTIMIZERS, arguments.optimizer, "optimizer"):
+                    options = {"trials": arguments.trials, "every": arguments.every_level}
+                    yield from climb(name, tasks, optimizer, seed=seed, **options)
+
+
+def format_page(rows: Sequence[Row], versions: str, command: str) -> str:
+    """The Markdown page; `versions` and `command` are what the rows were made with."""
+    optimizers = list(dict.fromkeys(row.optimizer for row in rows))
+    subject, seeds = optimizers[0], len({row.seed for row in rows})
+    wins: dict[tuple[str, str], dict[str, int]] = {}
+    for row in rows:
+        level = wins.setdefault((row.task, row.level), dict.fromkeys(optimizers, 0))
+        level[row.optimizer] += row.won
+    winners = {key: [name for name in optimizers if 2 * level[name] > seeds] for key, level in wins.items()}
+    decided = {key: names for key, names in winners.items() if 0 < len(names) < len(optimizers)}
+
+    def levels(title: str, keys: list[tuple[str, str]]) -> list[str]:
+        cells = [[*key, *(f"{wins[key][name]} of {seeds}" for name in optimizers)] for key in keys]
+        return [f"## {title}", "", *(format_table(["task", "level", *optimizers], cells) if cells else ["None.", ""])]
+
+    counts = [
+        [name, *(f"{sum(name in names for names in x)} of {len(x)}" for x in (winners.values(), decided.values()))]
+        for name in optimizers
+    ]
+    keys_of = {task: [key for key in winners if key[0] == task] for task, _ in winners}
+    tasks = [
+        [task, str(len(keys)), *(str(sum(name in winners[key] for key in keys)) for name in optimizers)]
+        for task, keys in keys_of.items()
+    ]
+    return "\n".join([
+        "# LightBench's analytic tasks",
+        "",
+        f"{versions}. `{command}`",
+        "",
+        f"With each of {seeds} seeds a level is won if one of the learning rates meets the task's own condition. It "
+        "counts as won where it is won with most seeds, and as decided where some optimizers win it and some do not.",
+        "",
+        *levels(f"What {subject} loses and another wins", [key for key, x in decided.items() if subject not in x]),
+        "## Counts",
+        "",
+        *format_table(["optimizer", "levels won", "of the decided ones"], counts),
+        *levels(f"What {subject} wins and another loses", [key for key, x in decided.items() if subject in x]),
+        "## Levels won of each task",
+        "",
+        *format_table(["task", "levels", *optimizers], tasks),
+    ])  # fmt: skip
+
+
+def _command(argv: Sequence[str]) -> int:
+    from experiments.paper_files import write_rows  # matplotlib is slow to import
+
+    parser = Parser(prog="python -m experiments.lightbench", description="LightBench's analytic tasks on a CPU.")
+    parser.add_argument("--checkout", type=Path, required=True, help="a checkout of HomebrewML/LightBench")
+    for name in ("task", "level", "optimizer"):
+        parser.add_argument(f"--{name}", action="append", default=[], help=f"only this {name}; may be repeated")
+    parser.add_argument(
+        "--steps", type=int, default=768, help="of an attempt, in groups of 256; some tasks double them"
+    )
+    parser.add_argument("--trials", type=int, default=11, help=f"rates, from {LOWEST_RATE:g} to {HIGHEST_RATE:g}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of initial values and noise")
+    parser.add_argument("--every-level", action="store_true", help="try the levels behind a lost one too")
+    parser.add_argument("--out", type=Path, default=Path("runs/lightbench"), help="output folder")
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 1 or arguments.trials < 2:
+        raise ConfigError(f"--steps must be at least 1, --trials 2, got {arguments.steps} and {arguments.trials}")
+    for name in select(OPTIMIZERS, arguments.optimizer, "optimizer"):
+        check_optimizer(OPTIMIZERS[name])
+    torch.set_num_threads(1)
+    head = f"{describe_environment(torch.device('cpu'))}, one thread; butterfly_opt {code_digest()}"
+    versions = f"{head}; LightBench {commit_of(arguments.checkout)}"
+    words = ["LightBench" if word == str(arguments.checkout) else word for word in argv]
+    command = shlex.join(["python", "-m", "experiments.lightbench", *words])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in run(arguments):
+        rows.append(row)
+        outcome = "won" if row.won else f"lost {row.error}"
+        note(f"{row.task} {row.level}, seed {row.seed}, {row.optimizer}: {outcome} after {row.trials} rates")
+        write_rows(arguments.out / "lightbench.csv", rows)
+        (arguments.out / "lightbench.md").write_text(format_page(rows, versions, command), encoding="utf-8")
+    print(f"results: {arguments.out / 'lightbench.md'}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return exit_code(lambda: _command(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

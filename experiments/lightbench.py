@@ -3,8 +3,9 @@
     git clone https://github.com/HomebrewML/LightBench
     python -m experiments.lightbench --checkout LightBench [--task NAME ...] [--level NAME ...] [--optimizer NAME ...]
 
-Every optimizer has the same attempts at a level: `--trials` learning rates in a geometric grid, all else at its
-defaults, no weight decay, float32, `--steps` steps, the noise of an attempt the same for all. As in the benchmark an
+Every optimizer has the same attempts at a level: `--trials` learning rates in a geometric grid, with the decay of
+second moments that is its default and then with the others of `--beta2` (the benchmark searches rates and decays, too),
+all else at its defaults, no weight decay, float32, `--steps` steps, the noise of an attempt the same for all. As in the benchmark an
 attempt is won if a loss of a group of 256 steps, with the parameters at the group's end, meets the task's condition; a
 level is won if an attempt is; levels are climbed, and behind the first that is lost the others count as lost. Networks,
 data sets and levels of more than `MAX_PARAMS` parameters are left out. Writes into the output folder
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import shlex
 import sys
@@ -36,9 +38,9 @@ from experiments.suite import code_digest, select
 from experiments.train import Parser, exit_code
 
 OPTIMIZERS = {
-    "Butterfly": Component("Butterfly"),
-    "Adam": Component("Adam"),
-    "SOAP": Component("pytorch_optimizer.SOAP", {"weight_decay": 0.0}),
+    "Butterfly": Component("Butterfly", {"betas": [0.9, 0.95]}),
+    "Adam": Component("Adam", {"betas": [0.9, 0.999]}),
+    "SOAP": Component("pytorch_optimizer.SOAP", {"betas": [0.95, 0.95], "weight_decay": 0.0}),
 }
 MAX_PARAMS = 2**18
 LOWEST_RATE, HIGHEST_RATE = 1e-4, 10.0
@@ -46,7 +48,7 @@ LOWEST_RATE, HIGHEST_RATE = 1e-4, 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One optimizer on one level: `lr` is the rate that won, `trials` 0 where the level before was lost already."""
+    """One optimizer on one level: `lr` and `beta2` won, after so many `trials`; 0 where a level before was lost."""
 
     task: str
     level: str
@@ -54,6 +56,7 @@ class Row:
     optimizer: str
     won: bool
     lr: float | None
+    beta2: float | None
     trials: int
     seconds: float
     error: str
@@ -66,25 +69,38 @@ def rates(trials: int, first: float) -> list[float]:
     return sorted(grid, key=lambda rate: abs(math.log(rate / first)))
 
 
+def with_decay(component: Component, beta2: float) -> Component:
+    """The optimizer with another decay of its second moments."""
+    return Component(component.name, {**component.keywords, "betas": [component.keywords["betas"][0], beta2]})
+
+
 def climb(
-    name: str, tasks: Mapping[str, Task], optimizer: str, *, seed: int, trials: int, every: bool
+    name: str,
+    tasks: Mapping[str, Task],
+    optimizer: str,
+    *,
+    seed: int,
+    trials: int,
+    decays: Sequence[float],
+    every: bool,
 ) -> Iterator[Row]:
     """The rows of an optimizer over the levels of a task; behind the first lost one none is tried, unless `every`."""
-    first, lost = 0.1, False
+    component, last, is_lost = OPTIMIZERS[optimizer], 0.1, False
+    decays = list(dict.fromkeys([component.keywords["betas"][1], *decays]))
     for level, task in tasks.items():
-        start, count, won, error = time.perf_counter(), 0, None, ""
-        for rate in [] if lost and not every else rates(trials, first):
+        start, count, error, won = time.perf_counter(), 0, "", (None, None)
+        for beta2, lr in [] if is_lost and not every else itertools.product(decays, rates(trials, last)):
             count += 1
             try:
-                won = rate if attempt(task, OPTIMIZERS[optimizer], rate, seed=1000 + seed) else None
+                if attempt(task, with_decay(component, beta2), lr, seed=1000 + seed):
+                    won, last = (lr, beta2), lr
+                    break
             except (ArithmeticError, RuntimeError, TypeError, ValueError) as raised:  # a task or an optimizer gives up
                 error = f"{type(raised).__name__}: {raised}".splitlines()[0][:100]
-            if won is not None:
-                first = won
-                break
-        lost = lost or won is None
+        is_won = won[0] is not None
+        is_lost = is_lost or not is_won
         seconds = round(time.perf_counter() - start, 1)
-        yield Row(name, level, seed, optimizer, won is not None, won, count, seconds, error if won is None else "")
+        yield Row(name, level, seed, optimizer, is_won, *won, count, seconds, "" if is_won else error)
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -109,7 +125,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
                     else:
                         note(f"{name} {level} is left out: {size} parameters, more than {MAX_PARAMS}")
                 for optimizer in select(OPTIMIZERS, arguments.optimizer, "optimizer"):
-                    options = {"trials": arguments.trials, "every": arguments.every_level}
+                    options = {"trials": arguments.trials, "decays": arguments.beta2, "every": arguments.every_level}
                     yield from climb(name, tasks, optimizer, seed=seed, **options)
 
 
@@ -164,9 +180,10 @@ def _command(argv: Sequence[str]) -> int:
     for name in ("task", "level", "optimizer"):
         parser.add_argument(f"--{name}", action="append", default=[], help=f"only this {name}; may be repeated")
     parser.add_argument(
-        "--steps", type=int, default=768, help="of an attempt, in groups of 256; some tasks double them"
+        "--steps", type=int, default=512, help="of an attempt, in groups of 256; some tasks double them"
     )
-    parser.add_argument("--trials", type=int, default=11, help=f"rates, from {LOWEST_RATE:g} to {HIGHEST_RATE:g}")
+    parser.add_argument("--trials", type=int, default=6, help=f"rates, from {LOWEST_RATE:g} to {HIGHEST_RATE:g}")
+    parser.add_argument("--beta2", type=float, nargs="*", default=[0.95, 0.999], help="decays beside the default one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of initial values and noise")
     parser.add_argument("--every-level", action="store_true", help="try the levels behind a lost one too")
     parser.add_argument("--out", type=Path, default=Path("runs/lightbench"), help="output folder")
@@ -185,7 +202,7 @@ def _command(argv: Sequence[str]) -> int:
     for row in run(arguments):
         rows.append(row)
         outcome = "won" if row.won else f"lost {row.error}"
-        note(f"{row.task} {row.level}, seed {row.seed}, {row.optimizer}: {outcome} after {row.trials} rates")
+        note(f"{row.task} {row.level}, seed {row.seed}, {row.optimizer}: {outcome} after {row.trials}")
         write_rows(arguments.out / "lightbench.csv", rows)
         (arguments.out / "lightbench.md").write_text(format_page(rows, versions, command), encoding="utf-8")
     print(f"results: {arguments.out / 'lightbench.md'}")

@@ -3,9 +3,9 @@
     git clone https://github.com/HomebrewML/LightBench
     python -m experiments.lightbench --checkout LightBench [--task NAME ...] [--level NAME ...] [--optimizer NAME ...]
 
-Every optimizer has the same attempts at a level: `--trials` learning rates in a geometric grid, with the decay of
-second moments that is its default and then with the others of `--beta2` (the benchmark searches rates and decays, too),
-all else at its defaults, no weight decay, float32, `--steps` steps, the noise of an attempt the same for all. As in the benchmark an
+Every optimizer has the same attempts at a level: `--trials` learning rates in a geometric grid, with its default decay
+of second moments, then with the others of `--beta2` (the benchmark searches rates and decays, too), all else at its
+defaults, no weight decay, float32, `--steps` steps, the noise of an attempt the same for all. As in the benchmark an
 attempt is won if a loss of a group of 256 steps, with the parameters at the group's end, meets the task's condition; a
 level is won if an attempt is; levels are climbed, and behind the first that is lost the others count as lost. Networks,
 data sets and levels of more than `MAX_PARAMS` parameters are left out. Writes into the output folder
@@ -24,7 +24,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -88,7 +88,8 @@ def climb(
     component, last, is_lost = OPTIMIZERS[optimizer], 0.1, False
     decays = list(dict.fromkeys([component.keywords["betas"][1], *decays]))
     for level, task in tasks.items():
-        start, count, error, won = time.perf_counter(), 0, "", (None, None)
+        start, count, error = time.perf_counter(), 0, ""
+        won: tuple[float | None, float | None] = None, None
         for beta2, lr in [] if is_lost and not every else itertools.product(decays, rates(trials, last)):
             count += 1
             try:
@@ -98,7 +99,7 @@ def climb(
             except (ArithmeticError, RuntimeError, TypeError, ValueError) as raised:  # a task or an optimizer gives up
                 error = f"{type(raised).__name__}: {raised}".splitlines()[0][:100]
         is_won = won[0] is not None
-        is_lost = is_lost or not is_won
+        is_lost |= not is_won
         seconds = round(time.perf_counter() - start, 1)
         yield Row(name, level, seed, optimizer, is_won, *won, count, seconds, "" if is_won else error)
 
@@ -129,46 +130,51 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
                     yield from climb(name, tasks, optimizer, seed=seed, **options)
 
 
-def format_page(rows: Sequence[Row], versions: str, command: str) -> str:
-    """The Markdown page; `versions` and `command` are what the rows were made with."""
-    optimizers = list(dict.fromkeys(row.optimizer for row in rows))
-    subject, seeds = optimizers[0], len({row.seed for row in rows})
+def winners(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
+    """The optimizers that win each level of each task, with more than half of the seeds."""
+    need = len({row.seed for row in rows}) / 2
     wins: dict[tuple[str, str], dict[str, int]] = {}
     for row in rows:
-        level = wins.setdefault((row.task, row.level), dict.fromkeys(optimizers, 0))
-        level[row.optimizer] += row.won
-    winners = {key: [name for name in optimizers if 2 * level[name] > seeds] for key, level in wins.items()}
-    decided = {key: names for key, names in winners.items() if 0 < len(names) < len(optimizers)}
+        level = wins.setdefault((row.task, row.level), {})
+        level[row.optimizer] = level.get(row.optimizer, 0) + row.won
+    return {key: [name for name, count in level.items() if count > need] for key, level in wins.items()}
+
+
+def format_page(rows: Sequence[Row], versions: str, command: str) -> str:
+    """The Markdown page; `versions` and `command` are what the rows were made with."""
+    names = list(dict.fromkeys(row.optimizer for row in rows))
+    default = {name: OPTIMIZERS[name].keywords["betas"][1] for name in names}
+    won = winners(rows)
+    won_so = winners([dataclasses.replace(row, won=row.won and row.beta2 == default[row.optimizer]) for row in rows])
+    decided = {key: found for key, found in won.items() if 0 < len(found) < len(names)}
 
     def levels(title: str, keys: list[tuple[str, str]]) -> list[str]:
-        cells = [[*key, *(f"{wins[key][name]} of {seeds}" for name in optimizers)] for key in keys]
-        return [f"## {title}", "", *(format_table(["task", "level", *optimizers], cells) if cells else ["None.", ""])]
+        cells = [[*key, *("won" if name in won[key] else "lost" for name in names)] for key in keys]
+        return [f"## {title}", "", *(format_table(["task", "level", *names], cells) if cells else ["None.", ""])]
 
-    counts = [
-        [name, *(f"{sum(name in names for names in x)} of {len(x)}" for x in (winners.values(), decided.values()))]
-        for name in optimizers
-    ]
-    keys_of = {task: [key for key in winners if key[0] == task] for task, _ in winners}
-    tasks = [
-        [task, str(len(keys)), *(str(sum(name in winners[key] for key in keys)) for name in optimizers)]
-        for task, keys in keys_of.items()
-    ]
+    def counts(keys: Iterable[tuple[str, str]]) -> list[str]:
+        keys = list(keys)
+        found = [
+            f"{sum(name in won[key] for key in keys)} ({sum(name in won_so[key] for key in keys)})" for name in names
+        ]
+        return [str(len(keys)), *found]
+
+    by_task = [[task, *counts(key for key in won if key[0] == task)] for task in dict.fromkeys(task for task, _ in won)]
+    header = ["", "levels", *names]
     return "\n".join([
         "# LightBench's analytic tasks",
         "",
         f"{versions}. `{command}`",
         "",
-        f"With each of {seeds} seeds a level is won if one of the learning rates meets the task's own condition. It "
-        "counts as won where it is won with most seeds, and as decided where some optimizers win it and some do not.",
+        "A level is won if one of the attempts meets the task's own condition, with more than half of the "
+        f"{len({row.seed for row in rows})} seeds, decided if some optimizers win it and some do not. In brackets "
+        f"what the default decay of second moments wins ({', '.join(f'{name} {default[name]:g}' for name in names)}).",
         "",
-        *levels(f"What {subject} loses and another wins", [key for key, x in decided.items() if subject not in x]),
+        *levels(f"What {names[0]} loses and another wins", [key for key, x in decided.items() if names[0] not in x]),
         "## Counts",
         "",
-        *format_table(["optimizer", "levels won", "of the decided ones"], counts),
-        *levels(f"What {subject} wins and another loses", [key for key, x in decided.items() if subject in x]),
-        "## Levels won of each task",
-        "",
-        *format_table(["task", "levels", *optimizers], tasks),
+        *format_table(header, [["decided", *counts(decided)], ["all", *counts(won)], *by_task]),
+        *levels(f"What {names[0]} wins and another loses", [key for key, x in decided.items() if names[0] in x]),
     ])  # fmt: skip
 
 

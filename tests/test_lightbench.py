@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from experiments import lightbench
 from experiments.config import Component, ConfigError
-from experiments.lightbench import Row, climb, format_page, rates
+from experiments.lightbench import OPTIMIZERS, Row, climb, format_page, rates
 from experiments.lightbench_tasks import attempt, build_task, levels_of, opened, tasks_of
 
 UTILS = """
@@ -85,17 +86,29 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def torch_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
     """SOAP needs a package."""
-    known = {"Butterfly": Component("Butterfly"), "Adam": Component("Adam")}
+    known = {name: Component(name, {"betas": [0.9, 0.95]}) for name in ("Butterfly", "Adam")}
     monkeypatch.setattr(lightbench, "OPTIMIZERS", known)
 
 
 def row(level: str, optimizer: str, won: bool, seed: int = 0) -> Row:
-    return Row("bowl", level, seed, optimizer, won, 0.1 if won else None, 1, 0.0, "")
+    return Row("bowl", level, seed, optimizer, won, 0.1 if won else None, 0.95 if won else None, 1, 0.0, "")
 
 
 def test_files(checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    command = ["--checkout", str(checkout), "--task", "bowl", "--steps", "80", "--trials", "3", "--out", str(out)]
+    command = [
+        "--checkout",
+        str(checkout),
+        "--task",
+        "bowl",
+        "--steps",
+        "80",
+        "--trials",
+        "3",
+        "--beta2",
+        "--out",
+        str(out),
+    ]
     assert lightbench.main(command) == 0
     captured = capsys.readouterr()
     assert captured.out == f"results: {out / 'lightbench.md'}\n"
@@ -109,7 +122,7 @@ def test_files(checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [item["trials"] for item in rows if item["level"] != "trivial"] == ["3", "0"] * 2
     page = (out / "lightbench.md").read_text(encoding="utf-8")
     assert "--checkout LightBench --task bowl" in page and str(checkout) not in page
-    assert "\n| bowl | 3 | 1 | 1 |" in page
+    assert "\n| bowl | 3 | 1 (1) | 1 (1) |" in page and "| decided | 0 | 0 (0) | 0 (0) |" in page
 
 
 def test_the_model_is_float32_and_of_the_seed(checkout: Path) -> None:
@@ -155,14 +168,14 @@ def test_rates_go_out_from_the_last_that_won() -> None:
     assert rates(6, 0.12) == pytest.approx([0.1, 1.0, 0.01, 10.0, 1e-3, 1e-4])
 
 
-@pytest.mark.parametrize(("every", "tried"), [(False, [2, 0]), (True, [2, 2])])
+@pytest.mark.parametrize(("every", "tried"), [(False, [4, 0]), (True, [4, 4])])
 def test_levels_are_climbed(monkeypatch: pytest.MonkeyPatch, every: bool, tried: list[int]) -> None:
     def fails(*_: Any, **__: Any) -> bool:
         raise RuntimeError("no gradient\nat all")
 
     monkeypatch.setattr(lightbench, "attempt", fails)
     tasks: dict[str, Any] = {"trivial": None, "easy": None}
-    rows = list(climb("bowl", tasks, "Adam", seed=0, trials=2, every=every))
+    rows = list(climb("bowl", tasks, "Adam", seed=0, trials=2, decays=[0.95, 0.99], every=every))
     assert [item.trials for item in rows] == tried
     assert (rows[0].won, rows[0].lr, rows[0].error) == (False, None, "RuntimeError: no gradient")
 
@@ -170,20 +183,18 @@ def test_levels_are_climbed(monkeypatch: pytest.MonkeyPatch, every: bool, tried:
 def test_page() -> None:
     rows = [row("trivial", name, True, seed) for name in ("Butterfly", "Adam") for seed in (0, 1)]
     rows += [row("easy", "Butterfly", True, 0), row("easy", "Butterfly", False, 1)]  # half is not most
-    rows += [row("easy", "Adam", True, 0), row("easy", "Adam", True, 1)]
+    rows += [dataclasses.replace(row("easy", "Adam", True, seed), beta2=0.999) for seed in (0, 1)]
     rows += [row("hard", name, False, seed) for name in ("Butterfly", "Adam") for seed in (0, 1)]
-    page = format_page(rows, "versions", "command")
-    lost, _, rest = page.partition("## Counts")
-    assert lost.count("| bowl |") == 1 and "| bowl | easy | 1 of 2 | 2 of 2 |" in lost
-    assert "| Butterfly | 1 of 3 | 0 of 1 |\n| Adam | 2 of 3 | 1 of 1 |" in rest
+    lost, _, rest = format_page(rows, "versions", "command").partition("## Counts")
+    assert lost.count("| bowl |") == 1 and "| bowl | easy | lost | won |" in lost
+    assert "| decided | 1 | 0 (0) | 1 (0) |\n| all | 3 | 1 (1) | 2 (1) |\n| bowl | 3 | 1 (1) | 2 (1) |" in rest
     assert "## What Butterfly wins and another loses\n\nNone." in rest
-    assert "| bowl | 3 | 1 | 2 |" in rest
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trials", "1"], "--steps must be at least 1, --trials 2, got 768 and 1"),
+        (["--trials", "1"], "--steps must be at least 1, --trials 2, got 512 and 1"),
         (["--task", "bow"], "did you mean 'bowl'?"),
         (["--level", "easier"], "level"),
     ],
@@ -198,9 +209,10 @@ def test_a_folder_without_tasks(tmp_path: Path) -> None:
         tasks_of(tmp_path)
 
 
-def test_soap_takes_its_keywords() -> None:
-    """The entry of the command, which the other tests replace."""
-    if importlib.util.find_spec("pytorch_optimizer") is None:
-        pytest.skip("pytorch_optimizer is not installed")
-    soap = importlib.import_module("pytorch_optimizer").SOAP([torch.nn.Parameter(torch.ones(2))], weight_decay=0.0)
-    assert soap.defaults["weight_decay"] == 0.0
+def test_the_optimizers_start_from_their_defaults() -> None:
+    """The entries of the command, which the other tests replace."""
+    for name, package in (("Butterfly", "butterfly_opt"), ("Adam", "torch.optim"), ("SOAP", "pytorch_optimizer")):
+        if importlib.util.find_spec(package) is None:
+            continue
+        optimizer = getattr(importlib.import_module(package), name)([torch.nn.Parameter(torch.ones(2))])
+        assert tuple(OPTIMIZERS[name].keywords["betas"]) == optimizer.defaults["betas"]

@@ -94,7 +94,7 @@ def climb(
             count += 1
             try:
                 if attempt(task, with_decay(component, beta2), lr, seed=1000 + seed):
-                    won, last = (lr, beta2), lr
+                    won, last = (float(f"{lr:.3g}"), beta2), lr
                     break
             except (ArithmeticError, RuntimeError, TypeError, ValueError) as raised:  # a task or an optimizer gives up
                 error = f"{type(raised).__name__}: {raised}".splitlines()[0][:100]
@@ -140,8 +140,8 @@ def winners(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
     return {key: [name for name, count in level.items() if count > need] for key, level in wins.items()}
 
 
-def format_page(rows: Sequence[Row], versions: str, command: str) -> str:
-    """The Markdown page; `versions` and `command` are what the rows were made with."""
+def format_page(rows: Sequence[Row], head: str) -> str:
+    """The Markdown page; `head` says what the rows were made with."""
     names = list(dict.fromkeys(row.optimizer for row in rows))
     default = {name: OPTIMIZERS[name].keywords["betas"][1] for name in names}
     won = winners(rows)
@@ -164,11 +164,11 @@ def format_page(rows: Sequence[Row], versions: str, command: str) -> str:
     return "\n".join([
         "# LightBench's analytic tasks",
         "",
-        f"{versions}. `{command}`",
+        head,
         "",
-        "A level is won if one of the attempts meets the task's own condition, with more than half of the "
-        f"{len({row.seed for row in rows})} seeds, decided if some optimizers win it and some do not. In brackets "
-        f"what the default decay of second moments wins ({', '.join(f'{name} {default[name]:g}' for name in names)}).",
+        "A level is won if one of the attempts meets the task's own condition, with more than half of the seeds, and "
+        "decided if some optimizers win it and some do not. In brackets what the default decay of second moments wins "
+        f"({', '.join(f'{name} {default[name]:g}' for name in names)}).",
         "",
         *levels(f"What {names[0]} loses and another wins", [key for key, x in decided.items() if names[0] not in x]),
         "## Counts",
@@ -199,10 +199,13 @@ def _command(argv: Sequence[str]) -> int:
     for name in select(OPTIMIZERS, arguments.optimizer, "optimizer"):
         check_optimizer(OPTIMIZERS[name])
     torch.set_num_threads(1)
-    head = f"{describe_environment(torch.device('cpu'))}, one thread; butterfly_opt {code_digest()}"
-    versions = f"{head}; LightBench {commit_of(arguments.checkout)}"
     words = ["LightBench" if word == str(arguments.checkout) else word for word in argv]
-    command = shlex.join(["python", "-m", "experiments.lightbench", *words])
+    head = (
+        f"{describe_environment(torch.device('cpu'))}, one thread; butterfly_opt {code_digest()}; LightBench "
+        f"{commit_of(arguments.checkout)}. `{shlex.join(['python', '-m', 'experiments.lightbench', *words])}`: "
+        f"{arguments.trials} rates, the default decay and those of {arguments.beta2}, {arguments.steps} steps, seeds "
+        f"{arguments.seeds}."
+    )
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in run(arguments):
@@ -210,7 +213,7 @@ def _command(argv: Sequence[str]) -> int:
         outcome = "won" if row.won else f"lost {row.error}"
         note(f"{row.task} {row.level}, seed {row.seed}, {row.optimizer}: {outcome} after {row.trials}")
         write_rows(arguments.out / "lightbench.csv", rows)
-        (arguments.out / "lightbench.md").write_text(format_page(rows, versions, command), encoding="utf-8")
+        (arguments.out / "lightbench.md").write_text(format_page(rows, head), encoding="utf-8")
     print(f"results: {arguments.out / 'lightbench.md'}")
     return 0
 

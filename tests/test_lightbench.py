@@ -185,7 +185,7 @@ def test_page() -> None:
     rows += [row("easy", "Butterfly", True, 0), row("easy", "Butterfly", False, 1)]  # half is not most
     rows += [dataclasses.replace(row("easy", "Adam", True, seed), beta2=0.999) for seed in (0, 1)]
     rows += [row("hard", name, False, seed) for name in ("Butterfly", "Adam") for seed in (0, 1)]
-    lost, _, rest = format_page(rows, "versions", "command").partition("## Counts")
+    lost, _, rest = format_page(rows, "head").partition("## Counts")
     assert lost.count("| bowl |") == 1 and "| bowl | easy | lost | won |" in lost
     assert "| decided | 1 | 0 (0) | 1 (0) |\n| all | 3 | 1 (1) | 2 (1) |\n| bowl | 3 | 1 (1) | 2 (1) |" in rest
     assert "## What Butterfly wins and another loses\n\nNone." in rest

@@ -97,7 +97,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda or "",
         "triton": triton_version,
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).resolve().parent),
     }
 
 
@@ -108,9 +108,8 @@ def describe_environment(device: torch.device) -> str:
     return f"Python {found['python']}, torch {found['torch']}, {found['device']}{commit}"
 
 
-def _commit() -> str:
-    """The short commit of this checkout, with a + where files differ from it; empty outside git."""
-    folder = Path(__file__).resolve().parent
+def commit_of(folder: Path) -> str:
+    """The short commit of a checkout, with a + where files differ from it; empty outside git."""
     try:
         commit = _git(folder, "rev-parse", "--short", "HEAD")
         return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")

@@ -281,7 +281,9 @@ def _moments(batches: Iterable[Tensor], assume_centered: bool) -> tuple[int, Ten
         apart, count = centre - mean, count + batch.shape[0]
         share = batch.shape[0] / count
         # T. Chan et al., "Updating formulae", COMPSTAT 1982: nothing cancels.
-        scatter += (batch - centre).mT @ (batch - centre) + share * (count - batch.shape[0]) * apart.outer(apart)
+        scatter.addr_(apart, apart, alpha=share * (count - batch.shape[0]))
+        centred = batch - centre
+        scatter.addmm_(centred.mT, centred)
         mean = mean + share * apart
     if count < 2:
         raise ValueError(f"a covariance needs at least 2 samples, got {count}")

@@ -32,6 +32,7 @@ PLAN_STYLES = (
     {"color": GREEN, "marker": "^"},
     {"color": BLACK, "marker": "D"},
     {"color": PURPLE, "marker": "v"},
+    {"color": YELLOW, "marker": "P"},
 )
 """Of the butterflies of a figure, in order; after the last one they repeat."""
 

@@ -2,8 +2,9 @@
 
 The third use of M. Mathieu and Y. LeCun, arXiv:1404.7195 (2014). Adam takes mini-batch steps on a small classifier of
 digits. After each step every estimate sees one pair ``(s, y)``, the same for all: of the path, the step and the change
-of the full gradient; or a probe, a Gaussian s and ``y = H s``, at the cost of one Hessian-vector product. At some steps
-they are judged by the exact Hessian H (autograd, float64). H of a network is indefinite: the reference is
+of the full gradient; or a probe, a Gaussian s and ``y = H s``, at the cost of one Hessian-vector product. Beside them,
+what does not track: ``probe_inverse`` made anew at the present point, from as many products as they have had so far. At
+some steps all are judged by the exact Hessian H (autograd, float64). H of a network is indefinite: the reference is
 ``(|H| + damping I)^-1``, |H| with the absolute eigenvalues, and an estimate P is damped likewise,
 ``(P^-1 + damping I)^-1``.
 """
@@ -20,7 +21,7 @@ import torch
 from scipy.optimize import BFGS, LbfgsInvHessProduct
 from torch import Tensor
 
-from butterfly_opt import SecantEstimate
+from butterfly_opt import SecantEstimate, probe_inverse
 from experiments.config import ConfigError
 from experiments.paper_files import (
     BLACK,
@@ -43,6 +44,7 @@ from experiments.paper_plans import PlanConfig
 MEMORY = 10
 """Pairs that L-BFGS keeps."""
 PAIRS = {"path": "path pairs", "probes": "probes"}
+PROBED = "probe_inverse, anew"
 Pairs = dict[str, tuple[Tensor, Tensor]]
 CURVATURE = 1e-8
 """BFGS skips a pair whose ``s y`` is below this, relative to ``|s| |y|``."""
@@ -259,6 +261,17 @@ def _judge_all(
     # The references are of the damped matrix: they need no damping of their own.
     references = _references((vectors * values) @ vectors.T, config)
     candidates = [("exact", method, P, 0.0) for method, P in references.items()]
+    generator = torch.Generator().manual_seed(config.seed)
+    probed = probe_inverse(
+        lambda columns: objective.product(theta, columns.T).T,
+        objective.n,
+        probes=step,
+        block=config.block,
+        lead=config.lead,
+        generator=generator,
+        dtype=theta.dtype,
+    )
+    candidates.append(("probes", PROBED, probed.operator.to_dense(), damping))
     candidates += [
         (kind, method, tracker.dense(), damping)
         for kind, trackers in learned.items()
@@ -298,6 +311,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "diagonal": {"color": ORANGE, "marker": "v"},
     "L-BFGS": {"color": VERMILION, "marker": "^"},
     "dense BFGS": {"color": PURPLE, "marker": "D"},
+    PROBED: {"color": GREEN, "marker": "P"},
     "exact diagonal": {"color": BLACK, "linestyle": ":"},
     "multiple of I": {"color": "0.6", "linestyle": "--"},
 }
@@ -308,7 +322,7 @@ def draw(config: HessianConfig, rows: list[HessianRow], folder: Path) -> None:
 
     Lines without markers are made from H itself.
     """
-    lines = [{"color": color, "linestyle": "-."} for color in (GREEN, YELLOW, BLACK)]
+    lines = [{"color": color, "linestyle": "-."} for color in (BLACK, YELLOW, GREEN)]
     references = dict(zip(map(fitted, config.plans), itertools.cycle(lines), strict=False))
     columns = [(name, kind) for name in config.problems for kind in PAIRS]
     figure, axes = new_figure(2, len(columns), width=2.4 * len(columns) + 0.4, height=5.0, sharex=True, sharey="row")
@@ -321,8 +335,7 @@ def draw(config: HessianConfig, rows: list[HessianRow], folder: Path) -> None:
                 ]
                 points = ([row.step for row in chosen], [getattr(row, field) for row in chosen])
                 axis.plot(*points, label=method, markersize=3.5, linewidth=1.2, **style)
-            axis.set(xscale="log", yscale="linear" if field == "relative_error" else "log")
-        axes[0, column].set_ylim(0, 1.05)
+            axis.set(xscale="log", yscale="log")
         axes[0, column].set_title(f"{name.replace('_', ' ')}, {PAIRS[kind]}", fontsize=8)
         axes[1, column].set_xlabel("step", fontsize=8)
     for axis, (_, label) in zip(axes[:, 0], fields, strict=True):

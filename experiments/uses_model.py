@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from butterfly_opt import Basis, Butterfly, RotatedDiagonal, fit_inverse, probe_inverse
+from butterfly_opt import Basis, Butterfly, RotatedDiagonal, fit_inverse, hessian_product, probe_inverse
 from butterfly_opt.operators import SymmetricOperator
 from experiments.paper_models import Objective, digits_objectives
 
@@ -57,13 +57,15 @@ def fitted(model: Trained, *, block: int, lead: int, seed: int) -> RotatedDiagon
 
 def probed(objective: Objective, theta: Tensor, *, probes: int, block: int, lead: int, seed: int) -> RotatedDiagonal:
     """``probe_inverse``: few products, no matrix of order n anywhere."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def product(vectors: Tensor) -> Tensor:
-        return objective.product(theta, vectors.T).T
-
+    generator, point = torch.Generator().manual_seed(seed), theta.clone().requires_grad_()
     fit = probe_inverse(
-        product, objective.n, probes=probes, block=block, lead=lead, generator=generator, dtype=theta.dtype
+        hessian_product(lambda: objective.loss(point), [point]),
+        objective.n,
+        probes=probes,
+        block=block,
+        lead=lead,
+        generator=generator,
+        dtype=theta.dtype,
     )
     return fit.operator
 

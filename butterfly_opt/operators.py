@@ -15,7 +15,7 @@ With an estimate P of an inverse Hessian, ``(H + lambda I)^-1`` is ``P.inverse()
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -232,13 +232,10 @@ class SymmetricOperator(ABC):
 
         if len(self.shape) > 2:
             raise ValueError(f"scipy knows no batches, got an operator of shape {tuple(self.shape)}")
-        doubled: list[SymmetricOperator] = []
+        double = cache(lambda: self.to(torch.float64))
 
         def product(x: NDArray[Any]) -> NDArray[Any]:
-            # A copy in float64 is made once.
-            if self.dtype == torch.float32 and np.result_type(x.dtype, np.float32) != np.float32 and not doubled:
-                doubled.append(self.to(torch.float64))
-            return _numpy_product(self, x, *doubled)
+            return _numpy_product(self, x, double)
 
         return LinearOperator(
             tuple(self.shape),
@@ -442,15 +439,15 @@ def _cat(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _numpy_product(
-    operator: SymmetricOperator, x: NDArray[Any], doubled: SymmetricOperator | None = None
+    operator: SymmetricOperator, x: NDArray[Any], double: Callable[[], SymmetricOperator] | None = None
 ) -> NDArray[Any]:
-    """``A x`` in the common dtype of both; ``doubled`` is the operator in float64 where it is at hand."""
+    """``A x`` in the common dtype of both; ``double`` makes the operator in float64, or has it."""
     own = np.dtype(str(operator.dtype).removeprefix("torch."))
     wanted = np.result_type(x.dtype, own)
     if wanted not in (np.float32, np.float64, np.complex64, np.complex128):
         raise TypeError(f"an operator of dtype {own} multiplies real and complex numbers, got an array of {x.dtype}")
     if wanted in (np.float64, np.complex128) and own == np.float32:
-        operator = doubled or operator.to(torch.float64)
+        operator = double() if double else operator.to(torch.float64)
     with torch.no_grad():
         # A copy: torch takes neither negative strides nor read-only memory.
         return (operator @ torch.from_numpy(np.array(x, dtype=wanted)).to(operator.device)).cpu().numpy()

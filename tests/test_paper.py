@@ -162,7 +162,8 @@ def test_patches_are_cut_from_the_images(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_hessian_table(tables: dict[str, list[dict[str, str]]]) -> None:
     table = tables["hessian"]
-    assert len(table) == 2 * 2 * (3 + 2 * 5)
+    assert len(table) == 2 * 2 * (3 + 2 * 5 + 1)
+    assert sum(row["method"] == paper_hessian.PROBED for row in table) == 2 * 2
     assert {(row["step"], row["pairs"]) for row in table} == {(s, k) for s in "26" for k in ("exact", "path", "probes")}
     for row in table:
         assert math.isfinite(float(row["condition"]))

@@ -29,6 +29,9 @@ from butterfly_opt.step import gradients, parameters, write_
 ARMIJO = 1e-4
 """Share of the promised decrease that a step keeps (J. Nocedal, S. Wright, Numerical Optimization, 2006, eq. 3.4)."""
 
+LOSS_ROUNDING = 4.0
+"""Roundings that a loss is not compared within: near the minimum its decrease is less, and every step would be halved."""
+
 MAX_GROWTH = 2.0
 """A step over the one before, at most."""
 
@@ -54,7 +57,8 @@ def new_state(layout: TensorLayout, options: Options) -> State:
     n = sums["values"].numel()
     sums["history"] = torch.zeros(2, HISTORY, n, dtype=layout.dtype, device=owner.device)
     sums["metric_errors"] = torch.zeros(2, dtype=layout.dtype, device=owner.device)
-    return sums | {name: torch.zeros((), device=owner.device) for name in ("prev_loss", "halvings")}
+    # A number: in float32 the decrease of a float64 loss is soon below its rounding.
+    return sums | {"prev_loss": 0.0, "halvings": torch.zeros((), device=owner.device)}
 
 
 def backtrack(stacks: Sequence[Stack], closure: Callable[[], Any], loss: Any) -> Any:
@@ -72,9 +76,10 @@ def backtrack(stacks: Sequence[Stack], closure: Callable[[], Any], loss: Any) ->
                 return loss
             moved.append(parameters(stack) - stack.averages["prev_param"])
         slope = sum((stack.averages["prev_grad"] * step).sum() for stack, step in zip(stacks, moved, strict=True))
-        before = stacks[0].states[0]["prev_loss"]
+        before, state = stacks[0].states[0]["prev_loss"], stacks[0].averages["prev_grad"]
+        rounding = LOSS_ROUNDING * torch.finfo(state.dtype).eps * abs(before)
         # A finite loss may be compared; one that is not is too large.
-        if not slope < 0 or value <= before + ARMIJO * slope:
+        if not slope < 0 or value <= before + ARMIJO * slope + rounding:
             return loss
         for stack, step in zip(stacks, moved, strict=True):
             _take_pair_(stack, gradients(stack))
@@ -93,7 +98,7 @@ def remember_loss_(stacks: Sequence[Stack], loss: Any) -> None:
     """Keeps the loss at the present parameters, for ``backtrack`` in the next call; ``inf`` without a closure."""
     value = torch.inf if loss is None else _value(stacks, loss) if stacks else 0.0
     for stack in stacks:
-        stack.states[0]["prev_loss"].fill_(value)
+        stack.states[0]["prev_loss"] = value
 
 
 async def take_step_(stack: Stack, usable: Tensor) -> None:

@@ -124,3 +124,27 @@ def test_full_batch_table(capsys):
     for wrong in (["pinn", "--l2", "1"], ["mlp", "--l2", "nan"], ["mlp", "--evaluations", "2"], []):
         with pytest.raises(SystemExit):
             full_batch.main(wrong)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_newton_converges_to_rounding(dtype: torch.dtype, least: float) -> None:
+    """Near a minimum a loss falls by less than its rounding: steps are not halved for that."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(60, 8, generator=generator, dtype=dtype)
+    targets = torch.randint(3, (60,), generator=generator)
+    weight = torch.nn.Parameter(torch.zeros(3, 8, dtype=dtype))
+    optimizer = Butterfly([weight], lr=1.0, diagonal="newton", structure="flat")
+    norms: list[float] = []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        # As of a large sum of losses, most of which does not change.
+        loss = 10 + torch.nn.functional.cross_entropy(inputs @ weight.T, targets) + 0.005 * weight.square().sum()
+        loss.backward()
+        norms.append(float(weight.grad.norm()))
+        return loss
+
+    for _ in range(60):
+        optimizer.step(closure)
+    assert norms[-1] < least * norms[0]
+    assert len(norms) < 80

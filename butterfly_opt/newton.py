@@ -30,7 +30,7 @@ ARMIJO = 1e-4
 """Share of the promised decrease that a step keeps (J. Nocedal, S. Wright, Numerical Optimization, 2006, eq. 3.4)."""
 
 LOSS_ROUNDING = 4.0
-"""Roundings that a loss is not compared within: near the minimum its decrease is less, and every step would be halved."""
+"""Roundings of a loss within which it is no larger: near the minimum it falls by less, and steps would be halved."""
 
 MAX_GROWTH = 2.0
 """A step over the one before, at most."""
@@ -76,8 +76,8 @@ def backtrack(stacks: Sequence[Stack], closure: Callable[[], Any], loss: Any) ->
                 return loss
             moved.append(parameters(stack) - stack.averages["prev_param"])
         slope = sum((stack.averages["prev_grad"] * step).sum() for stack, step in zip(stacks, moved, strict=True))
-        before, state = stacks[0].states[0]["prev_loss"], stacks[0].averages["prev_grad"]
-        rounding = LOSS_ROUNDING * torch.finfo(state.dtype).eps * abs(before)
+        before = stacks[0].states[0]["prev_loss"]
+        rounding = LOSS_ROUNDING * torch.finfo(stacks[0].layouts[0].dtype).eps * abs(before)
         # A finite loss may be compared; one that is not is too large.
         if not slope < 0 or value <= before + ARMIJO * slope + rounding:
             return loss

@@ -104,7 +104,7 @@ def test_training_recovers_from_bad_gradients():
 
 
 def test_newton_needs_fewer_gradients_than_adam_and_momentum():
-    """Digits logistic regression, gradients to 1e-4: 78, more than 300, 162; 186 without a history."""
+    """Digits logistic regression, gradients to 1e-4: 87, more than 300, 162."""
 
     def evaluations(make, limit):
         return full_batch.run(full_batch.digits(hidden=(), l2=0.01), make, limit).evaluations() or limit

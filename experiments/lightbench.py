@@ -106,15 +106,14 @@ def climb(
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
     """The rows of all tasks, seeds and optimizers; levels that cannot be built or are too large are named on stderr."""
+    wanted = select(LEVELS, arguments.level, "level")
     with opened(arguments.checkout) as load, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tasks: shapes that broadcast
         for name in select(tasks_of(arguments.checkout), arguments.task, "task"):
             module = load(name)
             for seed in arguments.seeds:
                 tasks = {}
-                for level in [
-                    level for level in levels_of(module) if level in select(LEVELS, arguments.level, "level")
-                ]:
+                for level in (level for level in levels_of(module) if level in wanted):
                     try:
                         task = build_task(module, level, seed=seed, steps=arguments.steps)
                     except Exception as error:  # some levels name parameters that their model does not take

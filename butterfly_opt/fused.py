@@ -1,15 +1,12 @@
 """One step by the Triton kernels: equals ``butterfly_opt.step.take_step_``, which is also its documentation.
 
 The only importer of the kernels. Tensors of any shapes step together, in lists of equal dtypes and rotated axes. The
-way of a list, one launch each:
+way of a list, a launch for each level of the butterflies, of which both axes' are turned together:
 
-    forth             averages of gradients (and parameters), changes rotated by the leaves of both axes, averages and
-                      direction of the coordinates that no later stage turns, second moments of what enters the leaves
-    later stages      of one axis after the other, in place, all rotated vectors together, with their second moments
-    moments           of all stages, averaged
-    rest              averages and direction of all others; secant: the means of B and |C| for the next step
-    later stages      from the root back
-    back              the leaves backwards, the exact-zero rule, decay, rounding, the parameters
+    forth       averages of gradients (and parameters), changes rotated, second moments of what enters a level,
+                averages and direction of the coordinates that no later level turns
+    observe     the second moments of all levels, averaged
+    back        from the roots to the leaves; there the exact-zero rule, decay, rounding, the parameters
 
 Tensors whose bases are refitted take their second moments beforehand, in a pass of their own through the first three.
 The first fit (eigenvectors) is left to torch. So are gradients and parameters that are no plain matrices in memory -
@@ -35,17 +32,17 @@ from butterfly_opt.rotation import SHIFT, Rotation
 from butterfly_opt.stack import Numbers, Stack
 
 if TYPE_CHECKING:  # under its name in the repository, where the type checker finds it
-    from triton_kernels import refit, rotate, tables, tiles
+    from triton_kernels import refit, tables, tiles
     from triton_kernels import step as kernels
 else:
-    from butterfly_opt.triton_kernels import refit, rotate, tables, tiles
+    from butterfly_opt.triton_kernels import refit, tables, tiles
     from butterfly_opt.triton_kernels import step as kernels
 
 MAX_BLOCK = tiles.MAX_BLOCK
 """The largest ``block`` that the kernels take."""
 
-MAX_LIST = 1 << 25
-"""Elements of a list of several stacks: more than fills a GPU. Its scratch takes 16 bytes an element, secant's 20."""
+MAX_LIST = 1 << 26
+"""Elements of a list of several stacks: launches are few, and scratch takes 20 bytes an element, secant's 24."""
 
 
 class Member(NamedTuple):
@@ -59,7 +56,7 @@ class Member(NamedTuple):
         parameters: the same.
         gathered: whether torch gathered them, and will write.
         rows: addresses of gradient and parameter of each matrix.
-        even: see ``Part``; of these as well.
+        aligned: see ``Part``; of these as well.
         observed: BEFORE if its bases are refitted, WITHIN if their second moments alone change, else None.
     """
 
@@ -70,7 +67,7 @@ class Member(NamedTuple):
     parameters: Sequence[Tensor]
     gathered: bool
     rows: list[tuple[int, int]]
-    even: bool
+    aligned: tuple[bool, bool]
     observed: int | None
 
 
@@ -134,8 +131,8 @@ def _member(stack: Stack, usable: Tensor) -> Member:
     observed = None
     if stack.rotations and stack.calls > 1:
         observed = tables.BEFORE if stack.refits() else tables.WITHIN
-    even = part.even and all(address % 16 == 0 for row in rows for address in row)
-    return Member(stack, usable, part, gradients, parameters, not plain, rows, even, observed)
+    aligned = part.aligned[0], part.aligned[1] and all(address % 16 == 0 for row in rows for address in row)
+    return Member(stack, usable, part, gradients, parameters, not plain, rows, aligned, observed)
 
 
 def _lists(members: Sequence[Member]) -> list[list[Member]]:
@@ -143,7 +140,8 @@ def _lists(members: Sequence[Member]) -> list[list[Member]]:
     alike: dict[Any, list[list[Member]]] = defaultdict(list)
     for own in members:
         axes = tuple((axis.width, axis.matrices is None) for axis in own.part.axes)
-        lists = alike[own.gathered, own.gradients[0].dtype, own.parameters[0].dtype, own.even, axes]
+        compiled = own.gradients[0].dtype, own.parameters[0].dtype, own.aligned, own.part.alone, axes
+        lists = alike[own.gathered, compiled]
         if not lists or sum(known.part.numel for known in (*lists[-1], own)) > MAX_LIST:
             lists.append([])
         lists[-1].append(own)
@@ -162,9 +160,6 @@ def _step_list_(members: Sequence[Member]) -> None:
             refit.refit_(operands, axis=axis, gate=tables.BEFORE, shift=SHIFT[torch.float32])
     within = tables.WITHIN if tables.WITHIN in observed else None
     _forth_(operands, tables.USABLE, is_step=True, observed=within)
-    kernels.take_rest_(operands)
-    for axis in operands.tables.rotated:
-        rotate.turn_(operands, axis=axis, gate=tables.USABLE, back=True)
     gathered, stochastic = members[0].gathered, members[0].stack.options["stochastic_rounding"]
     kernels.back_(operands, stochastic=stochastic, write=not gathered)
     changed: list[Tensor] = []
@@ -189,11 +184,11 @@ def _start_(own: Member) -> None:
 
 
 def _forth_(operands: tables.Operands, gate: int, *, is_step: bool, observed: int | None) -> None:
-    """All stages of the way forth, and with ``observed`` the second moments of what enters them."""
+    """The way forth; with ``observed`` the second moments of what enters each level."""
     kernels.forth_(operands, gate=gate, step=is_step, observe=observed is not None)
-    for axis in operands.tables.rotated:
-        # The innovation stays rotated by the rows: the sums over them, for the columns, are the same.
-        rotate.turn_(operands, axis=axis, gate=gate, observed=observed)
+    if observed is not None:
+        for axis in operands.tables.rotated:
+            refit.observe_(operands, axis=axis, gate=observed)
 
 
 def _operands(members: Sequence[Member]) -> tables.Operands:
@@ -210,15 +205,15 @@ def _operands(members: Sequence[Member]) -> tables.Operands:
         numbers=_numbers(members),
         # What kernels leave out is no change.
         values=values.zero_() if first.gathered else values,
-        flags=new(len(made.programs), dtype=torch.int32),
+        flags=new(len(made.levels[0].programs), dtype=torch.int32),
         means=known.means,
-        sums=new(len(made.programs), 2, dtype=torch.float64),
+        sums=new(made.programs, 2, dtype=torch.float64),
         partials=[
             new(count if observed else 0, axis.width, axis.width)
             for count, axis in zip(made.partials, made.axes, strict=True)
         ],
         dtypes=(first.gradients[0].dtype, first.parameters[0].dtype),
-        even=first.even,
+        aligned=first.aligned,
         decays=decays and not options["decoupled_weight_decay"] and not first.gathered,
         regression=regression if "cross" in averages else None,
     )
@@ -278,33 +273,36 @@ def _part(stack: Stack) -> tables.Part:
         rows, columns, widths = 1, rows * columns, [1, tiles.VECTOR_WIDTH]
     axes = _axis(rows, widths[0], rotations.get(-2), device), _axis(columns, widths[1], rotations.get(-1), device)
     averages = {name: average.view(count, rows, columns) for name, average in stack.averages.items()}
-    starts, totals = axes[1].stages[0].tiles[:, :2].unbind(1)
-    full = columns % 16 == 0 and bool(((starts % 16 == 0) & (totals == axes[1].width)).all())
-    return tables.Part(
-        shape=(count, rows, columns),
-        averages=averages,
-        axes=axes,
-        streams=stack.streams,
-        even=full and all(average.data_ptr() % 16 == 0 for average in averages.values()),
-    )
+    by_row, by_column = (all(stage.aligned for stage in (*axis.stages, axis.rest)) for axis in axes)
+    kept = *averages.values(), *(axis.matrices for axis in axes if axis.matrices is not None)
+    at_16 = all(x.data_ptr() % 16 == 0 for x in kept)
+    return tables.Part((count, rows, columns), averages, axes, stack.streams, (by_row and at_16, by_column and at_16))
 
 
 def _axis(length: int, width: int, rotation: Rotation | None, device: torch.device) -> tables.Axis:
+    every, rest = (tiles.make_stage((), None, length, 0, width, lead=0, visited=v) for v in (True, False))
     if rotation is None:
-        return tables.Axis(width, [tiles.Stage(tiles.stage_tiles((), length, 0, width), 0, 0, None)])
+        return tables.Axis(width, [every], rest)
     lead = 0 if rotation.plan.is_full else rotation.plan.lead
-    return tables.Axis(width, _stages(rotation.plan, width, device), lead, rotation.matrices, rotation.moments)
+    return tables.Axis(width, _stages(rotation.plan, width, device), rest, lead, rotation.matrices, rotation.moments)
 
 
 @lru_cache(maxsize=1024)
 def _stages(plan: Plan, width: int, device: torch.device) -> tuple[tiles.Stage, ...]:
-    stages, offset = [], 0
+    stages, offset, every = [], 0, torch.arange(plan.n)
     for i, stage in enumerate(plan.stages):
         is_last = i == len(plan.stages) - 1
-        lead = 0 if is_last else tiles.ALL if plan.is_full else plan.lead
-        # Leaves are neighbours and cover the axis, with what is in no group; later stages touch their coordinates only.
-        length, index = (plan.n, None) if i == 0 else (sum(run.span for run in stage.runs), stage.index_on(device))
-        cut = tiles.stage_tiles(stage.runs, length, offset, width)
-        stages.append(tiles.Stage(cut, sum(run.groups for run in stage.runs), lead, index))
+        all_go_on = tiles.ALL if plan.is_full and not is_last else 0
+        # Leaves are neighbours; a later stage is followed by what it does not turn, which in a leading plan is done.
+        index = None
+        if i > 0:
+            own = every if stage.index is None else stage.index
+            left = torch.ones(plan.n, dtype=torch.bool).index_fill_(0, own, False)
+            index = torch.cat([own, every[left]])
+        lead = all_go_on if plan.is_full or is_last else plan.lead
+        stages.append(tiles.make_stage(
+            stage.runs, index, plan.n, offset, width, lead=lead, plain_lead=all_go_on,
+            visited=i == 0 or plan.is_full, device=device,
+        ))  # fmt: skip
         offset += sum(run.numel for run in stage.runs)
     return tuple(stages)

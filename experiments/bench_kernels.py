@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -111,9 +113,9 @@ def step_bytes(
     rotated: tuple[int, ...] = (-2, -1),
     itemsize: int = 4,
 ) -> dict[str, float]:
-    """Bytes a parameter that a step without a refit moves, launch by launch, and ``together``.
+    """Bytes a parameter that a step without a refit moves, pass by pass, and ``together``.
 
-    Matrices of groups count once a pass: the programs that share one find it in the second-level cache.
+    Matrices of groups count once a level: the programs that share one find it in the second-level cache.
 
     Args:
         rows: of the matrix.
@@ -127,38 +129,39 @@ def step_bytes(
     from butterfly_opt.fused import tiles
     from butterfly_opt.plan import make_plan
 
-    axes = [(make_plan(n, block, lead), other) for dim, n, other in ((-2, rows, columns), (-1, columns, rows))
-            if dim in rotated]  # fmt: skip
-    final, later, moments = 1.0, 0.0, 0.0
-    for plan, other in axes:
-        width = tiles.width_of(other)
-        for stage in plan.stages:
-            # Half a moment for each tile of a leaf, and for some chunks of a later stage, is written and read.
-            share, is_leaf = sum(run.span for run in stage.runs) / plan.n, stage is plan.stages[0]
-            moments += 4 * share * (tiles.width_of(plan.n) + 1) / (width if is_leaf else width * tiles.MAX_CHUNKS)
-            later += 0.0 if is_leaf else 8 * share
-        moments += 8 * plan.numel / (rows * columns)
-        final *= 1 - sum(run.span for stage in plan.stages[1:2] for run in stage.runs) / plan.n
-    of_leaves = sum(4 * run.numel / (rows * columns) for plan, _ in axes for run in plan.stages[0].runs)
-    of_later = sum(4 * plan.numel / (rows * columns) for plan, _ in axes) - of_leaves
-    # Vectors that are averaged, u and w; and averages of their products: A, B and C.
+    sides = [(make_plan(n, block, lead), other) for dim, n, other in ((-2, rows, columns), (-1, columns, rows))
+             if dim in rotated]  # fmt: skip
+    # Vectors that are averaged, u and w; vectors that are rotated, m too; averages of products: A, B and C.
     vectors, products = (2, 3) if diagonal == "secant" else (1, 1)
-    others = 1 - final
-    found = {
-        "forth": vectors * (itemsize + 8 + others * 4) + final * products * 8 + 4 + of_leaves,
-        "moments": moments,
-        "later stages": (vectors + 1) * later + of_later,
-        "rest": others * (vectors * 4 + products * 8 + 8),
-        "later stages back": later + of_later,
-        "back": 2 * itemsize + 4 + of_leaves,
-    }
+    found = dict.fromkeys(("leaves", "later levels", "moments", "back, later", "back, leaves"), 0.0)
+    found["leaves"], found["back, leaves"] = vectors * (itemsize + 8.0), 2 * itemsize + 4.0
+    depth = max((len(plan.stages) for plan, _ in sides), default=1)
+    # The share of the matrix that a level turns: all at the leaves, then what any axis still turns.
+    shares = [1.0] + [
+        1 - math.prod(1 - (sum(run.span for run in plan.stages[i].runs) / plan.n if i < len(plan.stages) else 0)
+                      for plan, _ in sides)
+        for i in range(1, depth)
+    ] + [0.0]  # fmt: skip
+    for i, (here, further) in enumerate(itertools.pairwise(shares)):
+        name, back = ("later levels", "back, later") if i else ("leaves", "back, leaves")
+        read = 4 * (vectors + 1) * here if i else 0.0
+        found[name] += read + (here - further) * (8 * products + 4) + further * 4 * (vectors + 1)
+        found[back] += 8 * here if i else 0.0
+        for plan, other in sides:
+            if i < len(plan.stages):
+                share = sum(run.span for run in plan.stages[i].runs) / plan.n
+                matrices = 4 * sum(run.numel for run in plan.stages[i].runs) / (rows * columns)
+                # Half a moment, in fours, for each tile: written and read.
+                found["moments"] += 4 * share * (tiles.width_of(plan.n) + 4) / tiles.width_of(other) + 2 * matrices
+                found[name] += matrices
+                found[back] += matrices
     return {**found, "together": sum(found.values())}
 
 
 def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
     """Every launch of a step, each over all stacks."""
     from butterfly_opt import fused
-    from butterfly_opt.fused import kernels, refit, rotate, tables
+    from butterfly_opt.fused import kernels, refit, tables
 
     pairs = [(stack, stack.active) for stack in stacks]
     lists = [fused._operands(own) for own in fused._lists([fused._member(*pair) for pair in pairs])]
@@ -184,13 +187,11 @@ def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
         return functools.partial(each_axis, function, **options)
 
     forth_ = functools.partial(kernels.forth_, gate=tables.USABLE, step=True, observe=True)
-    yield Case("forth", moved["forth"] + moved["moments"] / 2, functools.partial(_each, forth_, lists))
-    later = on_axes(rotate.turn_, gate=tables.USABLE, observed=tables.WITHIN)
-    yield Case("later stages, moments", moved["later stages"] + moved["moments"] / 2, later)
-    yield Case("rest", moved["rest"], functools.partial(_each, kernels.take_rest_, lists))
-    yield Case("later stages back", moved["later stages back"], on_axes(rotate.turn_, gate=tables.USABLE, back=True))
+    forth = moved["leaves"] + moved["later levels"] + moved["moments"] / 2
+    yield Case("forth", forth, functools.partial(_each, forth_, lists))
+    yield Case("observe", moved["moments"] / 2, on_axes(refit.observe_, gate=tables.WITHIN))
     write_ = functools.partial(kernels.back_, stochastic=False, write=True)
-    yield Case("back", moved["back"], functools.partial(_each, write_, lists))
+    yield Case("back", moved["back, later"] + moved["back, leaves"], functools.partial(_each, write_, lists))
     yield Case("refit", 16 * entries, on_axes(refit.refit_, gate=tables.WITHIN, shift=1e-6))
     yield Case("plain step", moved["together"], functools.partial(_plain_step, "triton", stacks))
 

@@ -13,7 +13,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_operands(
-    rotations: Sequence[Rotation | None], gradient: Tensor, weights: Sequence[float], *, values: int = 2
+    rotations: Sequence[Rotation | None],
+    gradient: Tensor,
+    weights: Sequence[float],
+    *,
+    values: int = 2,
+    names: Sequence[str] = ("exp_avg",),
 ) -> tables.Operands:
     """Operands of matrices ``(count, rows, columns)`` whose averages are 0.
 
@@ -22,14 +27,15 @@ def make_operands(
         gradient: float32, to be kept by the caller.
         weights: of each matrix in the second moments; those with 0 are not refitted.
         values: number of rotated vectors.
+        names: of the averages.
     """
     count, rows, columns = gradient.shape
     axes = [
         fused._axis(length, tiles.width_of(length), rotation, DEVICE)
         for length, rotation in zip((rows, columns), rotations, strict=True)
     ]
-    averages = {"exp_avg": torch.zeros_like(gradient)}
-    part = tables.Part((count, rows, columns), averages, (axes[0], axes[1]), [0], even=False)
+    averages = {name: torch.zeros_like(gradient) for name in names}
+    part = tables.Part((count, rows, columns), averages, (axes[0], axes[1]), [0], (False, False))
     made = tables.make_tables([part], DEVICE)
     numbers = torch.zeros(count, len(tables.NUMBERS), device=DEVICE)
     numbers[:, tables.USABLE] = 1.0
@@ -41,14 +47,14 @@ def make_operands(
         addresses=tiles.address_table(addresses, DEVICE),
         numbers=numbers,
         values=gradient.new_zeros(values, made.volume),
-        flags=torch.zeros(len(made.programs), dtype=torch.int32, device=DEVICE),
+        flags=torch.zeros(len(made.levels[0].programs), dtype=torch.int32, device=DEVICE),
         means=gradient.new_zeros(count, 2),
-        sums=torch.zeros(len(made.programs), 2, dtype=torch.float64, device=DEVICE),
+        sums=torch.zeros(made.programs, 2, dtype=torch.float64, device=DEVICE),
         partials=[
             gradient.new_zeros(number, axis.width, axis.width) for number, axis in zip(made.partials, axes, strict=True)
         ],
         dtypes=(torch.float32, torch.float32),
-        even=False,
+        aligned=(False, False),
         decays=False,
         regression=None,
     )

@@ -132,7 +132,7 @@ def test_launches_do_not_grow_with_tensors_or_shapes(monkeypatch):
     run = interpreter.GridExecutor.__call__
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *a, **k: (launches.append(1), run(*a, **k))[1])
     counts = []
-    for shapes in ([(9, 5), (10, 7), (4,)], [(9, 5), (10, 7), (4,), (12, 3), (9, 5), (11, 5), (6,)]):
+    for shapes in ([(9, 5), (10, 7), (4,)], [(9, 5), (10, 7), (4,), (12, 3), (9, 5), (11, 5), (8,)]):
         params = make_parameters(torch.float32, shapes)
         optimizer = Butterfly(params, backend="triton", block=8, lead=2)
         for step in range(2):

@@ -91,7 +91,8 @@ def test_write_rounds_once_and_decays(shape, dtype):
     operands.flags.zero_()
     kernels.back_(operands, stochastic=False, write=True)
     after = stack.layouts[0].owner
-    assert torch.equal(after, (before.float() * 0.75 + change).to(dtype))
+    # A fused multiply-add rounds once where two operations round twice.
+    torch.testing.assert_close(after, (before.float() * 0.75 + change).to(dtype), rtol=0, atol=3e-7 if dtype == torch.float32 else 0)
     exact = before.double() * 0.75 + change.double()
     assert (after.double() - exact).abs().max() <= ROUNDING[dtype] * exact.abs().max()
 
@@ -242,9 +243,9 @@ def test_tables_are_built_again_only_when_something_changes():
 
 @pytest.mark.parametrize("rows, columns", [(4096, 4096)])
 def test_bytes_of_a_step_are_within_their_bounds(rows, columns):
-    for diagonal, bound in (("innovation", 68), ("secant", 105)):
+    for diagonal, bound in (("innovation", 63), ("secant", 95)):
         found = step_bytes(rows, columns, diagonal=diagonal)
-        assert found["moments"] <= 9
+        assert found["moments"] <= 12
         assert found["together"] <= bound
 
 

@@ -1,7 +1,8 @@
-"""One orthogonal iteration of every group of a stage on its second moment, one program a tile of groups.
+"""The second moments of groups, and one orthogonal iteration of every group on its own, one program a tile of groups.
 
 Formula, the names of ``butterfly_opt.rotation``, ``T`` block-diagonal by the changes of the children:
 
+    C <- (1 - weight) C + weight sum v v^T      the partial moments of ``step.forth_``
     C <- T C T^T,  B <- T B          transport, from the second stage of a leading plan on
     B' = the orthogonal factor of C B, R with a diagonal >= 0
     change = (B'^T B)[:lead, :lead]  for the stage above
@@ -24,9 +25,40 @@ import triton
 import triton.language as tl
 
 from .tables import NUMBERS, Operands
-from .tiles import _WIDE, PRECISION, block_matrix, block_offsets, pointer
+from .tiles import _WIDE, block_matrix, block_offsets, halves, pointer, product, scaled
 
 _N = tl.constexpr(len(NUMBERS))
+
+
+@triton.jit
+def _observe_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+                    AHEAD: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
+    """Adds the partial moments of one tile and takes them into its ``C``: some rows of the upper half, and columns."""
+    groups_ptr += tl.program_id(0) * 4
+    weight = tl.load(numbers_ptr + tl.load(groups_ptr).to(tl.int64) * _N + gate)
+    if weight == 0:
+        return
+    entries = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    i = entries // WIDTH
+    j = entries % WIDTH
+    first = tl.load(groups_ptr + 2).to(tl.int64)
+    count = tl.load(groups_ptr + 3)
+    moment = tl.zeros((SLICE,), tl.float32)
+    for start in range(0, count, AHEAD):
+        number = start + tl.arange(0, AHEAD)[:, None]
+        partial = (first + number) * (WIDTH * WIDTH) + entries[None, :]
+        # Of a partial moment the upper half is written, in fours.
+        mask = (number < count) & (i // 4 <= j // 4)[None, :]
+        moment += tl.sum(tl.load(partial_ptr + partial, mask=mask, other=0.0), axis=0)
+    tile_ptr = tiles_ptr + tl.load(groups_ptr + 1) * _WIDE
+    offsets, inside = block_offsets(tile_ptr, i, j, False, ALONE)
+    moments_ptr = pointer(tile_ptr + 3, tl.float32, False)
+    inside = inside & (i <= j)
+    before = tl.load(moments_ptr + offsets, mask=inside, other=0.0)
+    after = before + weight * (moment - before)
+    tl.store(moments_ptr + offsets, after, mask=inside)
+    mirrored, _ = block_offsets(tile_ptr, j, i, False, ALONE)
+    tl.store(moments_ptr + mirrored, after, mask=inside & (i < j))
 
 
 @triton.jit
@@ -57,42 +89,69 @@ def _orthogonal_factor(a, total, WIDTH: tl.constexpr):
     return q
 
 
+@triton.jit
+def _multiply(a, b):
+    """``A B`` in float32."""
+    a, a_unit = scaled(a)
+    b, b_unit = scaled(b)
+    a_high, a_low = halves(a)
+    b_high, b_low = halves(b)
+    return product(a_high, a_low, b_high, b_low) * a_unit * b_unit
+
+
 @triton.jit(do_not_specialize=["groups_ptr", "lead"])
 def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, gate, lead, shift, WIDTH: tl.constexpr,
-                  TRANSPORT: tl.constexpr, CHANGE: tl.constexpr):  # fmt: skip
+                  ALONE: tl.constexpr, TRANSPORT: tl.constexpr, CHANGE: tl.constexpr):  # fmt: skip
     """One tile."""
-    groups_ptr += tl.program_id(0) * 5
+    groups_ptr += tl.program_id(0) * 4
     if tl.load(numbers_ptr + tl.load(groups_ptr).to(tl.int64) * _N + gate) == 0:
         return
     tile_ptr = tiles_ptr + tl.load(groups_ptr + 1) * _WIDE
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
-    offsets, inside, size = block_offsets(tile_ptr, i, j)
+    offsets, inside = block_offsets(tile_ptr, i, j, False, ALONE)
     total = tl.load(tile_ptr + 1).to(tl.int32)
+    size = tl.load(tile_ptr + 4).to(tl.int32)
     matrices_ptr = pointer(tile_ptr + 2, tl.float32, False) + offsets
     moments_ptr = pointer(tile_ptr + 3, tl.float32, False) + offsets
-    before = block_matrix(tile_ptr, WIDTH)
+    before = block_matrix(tile_ptr, WIDTH, False, ALONE)
     moment = tl.load(moments_ptr, mask=inside, other=0.0)
     if TRANSPORT:
         own = (i // lead == j // lead) & (i < total) & (j < total)
         child = tl.load(tile_ptr + 7) + i // lead * lead * lead + i % lead * lead + j % lead
         turn = tl.load(changes_ptr + child, mask=own, other=0.0)
-        before = tl.dot(turn, before, input_precision=PRECISION)
-        moment = tl.dot(turn, moment, input_precision=PRECISION)
-        moment = tl.dot(moment, tl.trans(turn), input_precision=PRECISION)
+        before = _multiply(turn, before)
+        moment = _multiply(_multiply(turn, moment), tl.trans(turn))
         tl.store(moments_ptr, moment, mask=inside)
     diagonal = tl.sum(tl.where(i == j, moment, 0.0), axis=0)
     trace = tl.sum(tl.where(i // size == j // size, diagonal[None, :], 0.0), axis=1)
-    turned = tl.dot(moment, before, input_precision=PRECISION) + shift * trace[:, None] * before
+    turned = _multiply(moment, before) + shift * trace[:, None] * before
     after = _orthogonal_factor(turned, total, WIDTH)
     tl.store(matrices_ptr, after, mask=inside)
     if CHANGE:
-        change = tl.dot(tl.trans(after), before, input_precision=PRECISION)
+        change = _multiply(tl.trans(after), before)
         # The root's outputs go nowhere: its lead is 0.
         goes_on = tl.load(tile_ptr + 5)
         leading = inside & (i % size < goes_on) & (j % size < goes_on)
         target = tl.load(tile_ptr + 6) + i // size * lead * lead + i % size * lead + j % size
         tl.store(changes_ptr + target, change, mask=leading)
+
+
+def observe_(operands: Operands, *, axis: int, gate: int) -> None:
+    """Takes the partial moments of ``step.forth_`` into those of all groups of an axis.
+
+    Equals ``butterfly_opt.rotation.Rotation.observe_``.
+
+    Args:
+        operands: of the step.
+        axis: 0 for rows, 1 for columns.
+        gate: the column of ``numbers`` that holds the weights of the innovation in the second moments.
+    """
+    tables, width = operands.tables, operands.tables.axes[axis].width
+    _observe_kernel[(len(tables.groups[axis]), -(-width * width // 256))](
+        tables.tiles, tables.groups[axis], operands.numbers, operands.partials[axis], gate, WIDTH=width, SLICE=256,
+        AHEAD=16, ALONE=tables.parts[0].alone,
+    )  # fmt: skip
 
 
 def refit_(operands: Operands, *, axis: int, gate: int, shift: float) -> None:
@@ -109,8 +168,10 @@ def refit_(operands: Operands, *, axis: int, gate: int, shift: float) -> None:
     tables = operands.tables
     width, lead = tables.axes[axis].width, tables.axes[axis].lead
     changes = operands.values.new_empty(max(1, tables.changes))
-    for number, stage in enumerate(tables.passes[axis]):
-        _refit_kernel[(len(stage.groups),)](
-            tables.tiles, stage.groups, operands.numbers, changes, gate, max(lead, 1), shift, WIDTH=width,
-            TRANSPORT=number > 0 and lead > 0, CHANGE=lead > 0, num_warps=4 if width <= 32 else 8,
-        )  # fmt: skip
+    for number, level in enumerate(tables.levels):
+        if groups := len(level.groups[axis]):
+            _refit_kernel[(groups,)](
+                tables.tiles, level.groups[axis], operands.numbers, changes, gate, max(lead, 1), shift, WIDTH=width,
+                ALONE=tables.parts[0].alone, TRANSPORT=number > 0 and lead > 0, CHANGE=lead > 0,
+                num_warps=4 if width <= 32 else 8,
+            )  # fmt: skip

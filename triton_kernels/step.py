@@ -1,39 +1,40 @@
-"""The element-wise work of a step, inside the passes over the leaves of both axes.
+"""A step, level by level: rotations with the element-wise work inside.
 
-Formulas, in the names of ``butterfly_opt.step``, for a tile of a leaf of the rows and one of the columns:
+Formulas, in the names of ``butterfly_opt.step``, for a tile of the rows and one of the columns:
 
-    forth   y = g - gbar,  gbar <- gbar + a y;   secant: s = theta - thetabar,  thetabar <- thetabar + a s
-            u, m, w = B_r^T (y, gbar + a (1 - a) y, s) B_c;    flag = any(gbar = 0)
-            partial second moments y y^T and y^T y, of the rows and of the columns
-    averages    A <- A + b (u^2 - A);                secant: B <- B + b' (w^2 - B),  C <- C + b' (u w - C)
-    direction   d = m / (sqrt(V + m^2) + floor),   V = A, or that of ``butterfly_opt.diagonal.regress``
-    back    theta <- round(theta (1 - lr weight_decay) - lr B_r d B_c^T), but for entries with gbar = 0
+    forth   of the leaves   y = g - gbar,  gbar <- gbar + a y;   secant: s = theta - thetabar,  thetabar <- thetabar + a s
+                            u, m, w = y, gbar + a (1 - a) y, s;    flag = any(gbar = 0)
+            every level     partial second moments u u^T and u^T u, of the rows and of the columns
+                            u, m, w <- B_r^T (u, m, w) B_c
+            averages        A <- A + b (u^2 - A);        secant: B <- B + b' (w^2 - B),  C <- C + b' (u w - C)
+            direction       d = m / (sqrt(V + m^2) + floor),   V = A, or that of ``butterfly_opt.diagonal.regress``
+    back    every level     d <- B_r d B_c^T
+            of the leaves   theta <- round(theta (1 - lr weight_decay) - lr d), but for entries with gbar = 0
 
-A coordinate is *final* once no later stage of either axis turns it. Averages and direction of final coordinates are
-taken on the way forth over the leaves; ``take_rest_`` does those of all others, between the later stages of the way
-forth and those of the way back. Both add up B and |C|, whose means the next step's regression takes. Moments that a
-refit of the same step needs are taken in a pass of their own, which changes nothing else.
+A coordinate is *final* once no later level turns it; its averages and direction are taken there, the others' u, m and w
+handed on. The sums of B and |C| give the means that the next step's regression takes. Moments that a refit of the same
+step needs are taken in a pass of their own, which changes nothing else.
 
 Layout. Of a list of matrices of any shapes, see ``tables``. Parameters and gradients lie where ``addresses`` says,
-state where the table of matrices says. Where no axis is rotated, rows and columns are one row. ``numbers`` come from
-device memory, so a captured graph reads their newest values. Where a tensor is not usable, its programs return at once.
-Sums have one order, without atomics.
+state where the table of matrices says, and what is handed on in scratch, where its matrix has it. Where no axis is
+rotated, rows and columns are one row. ``numbers`` come from device memory, so a captured graph reads their newest
+values. Where a tensor is not usable, its programs return at once. Sums have one order, without atomics.
 
-Dtypes. Parameters and gradients float32, bfloat16 or float16, of one dtype each; state and arithmetic float32.
-Parameters are rounded once, to nearest even or stochastically (``butterfly_opt.rounding``).
+Dtypes. Parameters and gradients float32, bfloat16 or float16, of one dtype each; state and arithmetic float32,
+products as accurate (``tiles``). Parameters are rounded once, to nearest even or stochastically
+(``butterfly_opt.rounding``).
 
-Cost. Bytes a parameter, float32, in full width; final ones are 9/16 of all for ``lead = block / 4``
-(``experiments.bench_kernels.step_bytes`` counts them from the plans):
+Cost. Bytes a parameter, float32, in full width, for ``lead = block / 4``: 9/16 of all are final at the leaves, 5/16 at
+the next level (``experiments.bench_kernels.step_bytes`` counts them from the plans):
 
                       innovation                              secant
-    forth             g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar' 24; final A, B,
+    forth, leaves     g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar' 24; final A, B,
                       others u, m 8                           C both ways, d 28; others u, w, m 12
-    moments           halves, written and read 9              the same
-    later stages      2 x 5.3                                 3 x 5.3
-    take_rest_        others u, m, A, A', d 20                others u, w, m, d 16, A, B, C both ways 24
-    later stages back 5.3                                     5.3
-    back              d, theta, theta' 12                     the same
-    together          68                                      105
+    later levels      u, m 8; final A, A', d 12; others 8     u, w, m 12; final A, B, C both ways, d 28; others 12
+    moments           halves, written and read 6              the same
+    back, later       d, d' 8                                 the same
+    back, leaves      d, theta, theta' 12                     the same
+    together          TOGETHER
 """
 
 from typing import Any
@@ -44,8 +45,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import MATRIX, NUMBERS, Operands
-from .tiles import _WIDE, PRECISION, block_matrix, coordinates, goes_on, pointer, store_moment
+from .tables import MATRIX, NUMBERS, PROGRAM, Operands
+from .tiles import _WIDE, block_matrix, coordinates, goes_on, halves, pointer, product, scaled
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """What parameters and gradients may be."""
@@ -53,41 +54,73 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 _TORCH_STEP = "butterfly_opt.step.take_step_"
 _M = tl.constexpr(len(MATRIX))
 _N = tl.constexpr(len(NUMBERS))
+_P = tl.constexpr(len(PROGRAM))
 _ROOT_TINY = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
 _LEAST_TAU2 = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.75)
 
 
 @triton.jit
-def _find_tile(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT: tl.constexpr,
-               WIDTH: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def _find_tile(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, LEAVES: tl.constexpr,
+               HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
     """Matrix, rows of tables, scratch and tiles of a program; where its elements lie, which exist, which are final."""
-    programs_ptr += tl.program_id(0) * 3
+    programs_ptr += tl.program_id(0) * _P
     matrix = tl.load(programs_ptr).to(tl.int64)
     matrices_ptr += matrix * _M
     first = tl.load(matrices_ptr + 5)
     columns = tl.load(matrices_ptr + 6)
-    if EVEN:
-        first = tl.multiple_of(first, 16)
-        columns = tl.multiple_of(columns, 16)
+    if ALIGNED:
+        first = tl.multiple_of(first, 4)
+        columns = tl.multiple_of(columns, 4)
     row_ptr = tiles_ptr + tl.load(programs_ptr + 1) * _WIDE
     column_ptr = tiles_ptr + tl.load(programs_ptr + 2) * _WIDE
-    own_rows, in_rows = coordinates(row_ptr, HEIGHT, False)
-    own_columns, in_columns = coordinates(column_ptr, WIDTH, EVEN)
+    own_rows, in_rows = coordinates(row_ptr, HEIGHT, LEAVES, False)
+    own_columns, in_columns = coordinates(column_ptr, WIDTH, LEAVES, ALIGNED)
     offsets = own_rows[:, None] * columns + own_columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
-    final = mask & ((goes_on(row_ptr, HEIGHT)[:, None] | goes_on(column_ptr, WIDTH)[None, :]) == 0)
+    others = goes_on(row_ptr, HEIGHT, False, ALONE)[:, None] | goes_on(column_ptr, WIDTH, ALIGNED, ALONE)[None, :]
     numbers_ptr += matrix * _N
     values_ptr += first
-    return matrix, matrices_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, final
+    return programs_ptr, matrix, matrices_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, others
 
 
 @triton.jit
-def _turn(x, row_matrix, column_matrix, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    if ROWS:
-        x = tl.dot(row_matrix, x, input_precision=PRECISION)
+def _factors(tile_ptr, WIDTH: tl.constexpr, TURNS: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr):
+    """The matrix of a tile, as halves."""
+    high = 0.0
+    low = 0.0
+    if TURNS:
+        high, low = halves(block_matrix(tile_ptr, WIDTH, ALIGNED, ALONE))
+    return high, low
+
+
+@triton.jit
+def _turn(x, row, row_low, column, column_low, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BACK: tl.constexpr):
+    """``B_r^T x B_c``, or ``B_r x B_c^T`` with ``BACK``; of ``scaled`` x."""
     if COLUMNS:
-        x = tl.dot(x, column_matrix, input_precision=PRECISION)
+        high, low = halves(x)
+        if BACK:
+            x = product(high, low, tl.trans(column), tl.trans(column_low))
+        else:
+            x = product(high, low, column, column_low)
+    if ROWS:
+        high, low = halves(x)
+        if BACK:
+            x = product(row, row_low, high, low)
+        else:
+            x = product(tl.trans(row), tl.trans(row_low), high, low)
     return x
+
+
+@triton.jit
+def _store_moments(entry_ptr, partial_ptr, left, left_low, right, right_low, unit, WIDTH: tl.constexpr):
+    """The partial second moment of a rotated tile; of its symmetric entries the upper half."""
+    slot = tl.load(entry_ptr).to(tl.int64)
+    if slot >= 0:
+        moment = product(left, left_low, right, right_low) * unit * unit
+        i = tl.arange(0, WIDTH)[:, None]
+        j = tl.arange(0, WIDTH)[None, :]
+        # Fours that reach into the upper half: accesses stay 16 bytes wide.
+        tl.store(partial_ptr + slot * (WIDTH * WIDTH) + i * WIDTH + j, moment, mask=i // 4 <= j // 4)
 
 
 @triton.jit
@@ -100,11 +133,11 @@ def _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, DECAY: tl
 
 
 @triton.jit
-def _average(entry_ptr, offsets, product, weight, mask, EVEN: tl.constexpr):
-    """``average <- average + weight (product - average)``; returns it, 0 where the mask is."""
-    average_ptr = pointer(entry_ptr, tl.float32, EVEN) + offsets
+def _average(entry_ptr, offsets, newest, weight, mask, ALIGNED: tl.constexpr):
+    """``average <- average + weight (newest - average)``; returns it, 0 where the mask is."""
+    average_ptr = pointer(entry_ptr, tl.float32, ALIGNED) + offsets
     average = tl.load(average_ptr, mask=mask, other=0.0)
-    average += weight * (product - average)
+    average += weight * (newest - average)
     tl.store(average_ptr, average, mask=mask)
     return tl.where(mask, average, 0.0)
 
@@ -144,20 +177,15 @@ def _sum(x):
 
 @triton.jit
 def _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, mask, REGRESSION: tl.constexpr,
-               ADD: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """``d`` of a tile, after its averages; the sums of B and |C| are written, or added to those of the way forth."""
-    energy = _average(matrix_ptr + 1, offsets, u * u, tl.load(numbers_ptr + 1), mask, EVEN)
+               ALIGNED: tl.constexpr):  # fmt: skip
+    """``d`` of final coordinates, after their averages; the sums of B and |C| are written."""
+    energy = _average(matrix_ptr + 1, offsets, u * u, tl.load(numbers_ptr + 1), mask, ALIGNED)
     if REGRESSION is not None:
         weight = tl.load(numbers_ptr + 2)
-        disp_sq = _average(matrix_ptr + 3, offsets, w * w, weight, mask, EVEN)
-        cross = _average(matrix_ptr + 4, offsets, u * w, weight, mask, EVEN)
-        sum_sq = _sum(disp_sq)
-        sum_cross = _sum(tl.abs(cross))
-        if ADD:
-            sum_sq += tl.load(sums_ptr)
-            sum_cross += tl.load(sums_ptr + 1)
-        tl.store(sums_ptr, sum_sq)
-        tl.store(sums_ptr + 1, sum_cross)
+        disp_sq = _average(matrix_ptr + 3, offsets, w * w, weight, mask, ALIGNED)
+        cross = _average(matrix_ptr + 4, offsets, u * w, weight, mask, ALIGNED)
+        tl.store(sums_ptr, _sum(disp_sq))
+        tl.store(sums_ptr + 1, _sum(tl.abs(cross)))
         energy = _regressed(energy, disp_sq, cross, means_ptr, tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 12),
                             REGRESSION)  # fmt: skip
     # sqrt_rn: tl.sqrt takes subnormal energies for zero.
@@ -166,78 +194,69 @@ def _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, m
 
 @triton.jit
 def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, volume, addresses_ptr, flags_ptr,
-                  means_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, STEP: tl.constexpr,
-                  OBSERVE: tl.constexpr, DECAY: tl.constexpr, GRAD: tl.constexpr, PARAM: tl.constexpr,
-                  REGRESSION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, final = _find_tile(
-        matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
+                  means_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, LEAVES: tl.constexpr,
+                  STEP: tl.constexpr, OBSERVE: tl.constexpr, DECAY: tl.constexpr, GRAD: tl.constexpr,
+                  PARAM: tl.constexpr, REGRESSION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                  ROW_ALIGNED: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr,
+                  COLUMNS: tl.constexpr):  # fmt: skip
+    program_ptr, matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, others = _find_tile(
+        matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, LEAVES, HEIGHT, WIDTH, ALIGNED, ALONE
     )
     if tl.load(numbers_ptr + gate) == 0:
         return
-    program = tl.program_id(0).to(tl.int64)
-    param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, EVEN)
-    mean_ptr = pointer(matrix_ptr, tl.float32, EVEN)
-    mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
-    grad_ptr = pointer(addresses_ptr + matrix * 2, GRAD, EVEN)
-    y = _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, DECAY)
-    if OBSERVE:
-        # Times 1, and -1: products of one tile would hold 128 KiB of shared memory at a time, those of copies 64.
-        copy = tl.load(numbers_ptr + 5) * y
-        if ROWS:
-            store_moment(row_partial_ptr, tl.dot(copy, tl.trans(copy), input_precision=PRECISION), HEIGHT)
-        if COLUMNS:
-            copy = -copy
-            store_moment(column_partial_ptr, tl.dot(tl.trans(copy), copy, input_precision=PRECISION), WIDTH)
-    row_matrix = 0.0
-    column_matrix = 0.0
-    if ROWS:
-        row_matrix = tl.trans(block_matrix(row_ptr, HEIGHT))
-    if COLUMNS:
-        column_matrix = block_matrix(column_ptr, WIDTH)
-    others = (final == 0) & mask
-    u = _turn(y, row_matrix, column_matrix, ROWS, COLUMNS)
+    final = mask & (others == 0)
+    others = mask & others
+    row, row_low = _factors(row_ptr, HEIGHT, ROWS, ROW_ALIGNED, ALONE)
+    column, column_low = _factors(column_ptr, WIDTH, COLUMNS, ALIGNED, ALONE)
+    param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, ALIGNED)
+    if LEAVES:
+        mean_ptr = pointer(matrix_ptr, tl.float32, ALIGNED)
+        mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+        grad_ptr = pointer(addresses_ptr + matrix * 2, GRAD, ALIGNED)
+        u = _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, DECAY)
+        if STEP:
+            weight = tl.load(numbers_ptr)
+            mean += weight * u
+            tl.store(mean_ptr + offsets, mean, mask=mask)
+            found = tl.max(tl.max(tl.where(mask & (mean == 0), 1, 0), axis=1), axis=0)
+            tl.store(flags_ptr + tl.program_id(0), found)
+            m = mean + weight * (1.0 - weight) * u
+    else:
+        u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
+        if STEP:
+            m = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
+    if ROWS or COLUMNS:
+        u, unit = scaled(u)
+        if OBSERVE:
+            high, low = halves(u)
+            if ROWS:
+                _store_moments(program_ptr + 4, row_partial_ptr, high, low, tl.trans(high), tl.trans(low), unit, HEIGHT)
+            if COLUMNS:
+                _store_moments(program_ptr + 5, column_partial_ptr, tl.trans(high), tl.trans(low), high, low, unit,
+                               WIDTH)  # fmt: skip
+        u = _turn(u, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
     tl.store(values_ptr + offsets, u, mask=others)
     if STEP:
-        weight = tl.load(numbers_ptr)
-        mean += weight * y
-        tl.store(mean_ptr + offsets, mean, mask=mask)
-        tl.store(flags_ptr + program, tl.max(tl.max(tl.where(mask & (mean == 0), 1, 0), axis=1), axis=0))
-        m = _turn(mean + weight * (1.0 - weight) * y, row_matrix, column_matrix, ROWS, COLUMNS)
+        if ROWS or COLUMNS:
+            m, unit = scaled(m)
+            m = _turn(m, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
         w = u
         if REGRESSION is not None:
-            param_avg_ptr = pointer(matrix_ptr + 2, tl.float32, EVEN)
-            param_avg = tl.load(param_avg_ptr + offsets, mask=mask, other=0.0)
-            s = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - param_avg
-            tl.store(param_avg_ptr + offsets, param_avg + weight * s, mask=mask)
-            w = _turn(s, row_matrix, column_matrix, ROWS, COLUMNS)
+            if LEAVES:
+                param_avg_ptr = pointer(matrix_ptr + 2, tl.float32, ALIGNED)
+                param_avg = tl.load(param_avg_ptr + offsets, mask=mask, other=0.0)
+                w = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - param_avg
+                tl.store(param_avg_ptr + offsets, param_avg + tl.load(numbers_ptr) * w, mask=mask)
+            else:
+                w = tl.load(values_ptr + volume + volume + offsets, mask=mask, other=0.0)
+            if ROWS or COLUMNS:
+                w, unit = scaled(w)
+                w = _turn(w, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
             tl.store(values_ptr + volume + volume + offsets, w, mask=others)
-        d = _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2, sums_ptr + program * 2, offsets, final,
-                       REGRESSION, False, EVEN)  # fmt: skip
+        d = _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2,
+                       sums_ptr + tl.load(program_ptr + 3).to(tl.int64) * 2, offsets, final, REGRESSION,
+                       ALIGNED)  # fmt: skip
         tl.store(values_ptr + volume + offsets, tl.where(final, d, m), mask=mask)
-
-
-@triton.jit
-def _rest_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, volume, means_ptr, sums_ptr,
-                 REGRESSION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Averages and direction of the coordinates that later stages turn."""
-    matrix, matrix_ptr, numbers_ptr, values_ptr, _, _, offsets, mask, final = _find_tile(
-        matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
-    )
-    if tl.load(numbers_ptr + 5) == 0:
-        return
-    mask = mask & (final == 0)
-    u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-    values_ptr += volume
-    m = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-    w = u
-    if REGRESSION is not None:
-        w = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
-    sums_ptr += tl.program_id(0).to(tl.int64) * 2
-    d = _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2, sums_ptr, offsets, mask, REGRESSION, True,
-                   EVEN)  # fmt: skip
-    tl.store(values_ptr + offsets, d, mask=mask)
 
 
 @triton.jit
@@ -284,86 +303,84 @@ def _round(x, matrix_ptr, offsets, step, DTYPE: tl.constexpr, STOCHASTIC: tl.con
 
 @triton.jit
 def _back_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, volume, addresses_ptr, flags_ptr,
-                 WRITE: tl.constexpr, STOCHASTIC: tl.constexpr, PARAM: tl.constexpr, HEIGHT: tl.constexpr,
-                 WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, _ = _find_tile(
-        matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, HEIGHT, WIDTH, EVEN
+                 LEAVES: tl.constexpr, WRITE: tl.constexpr, STOCHASTIC: tl.constexpr, PARAM: tl.constexpr,
+                 HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROW_ALIGNED: tl.constexpr, ALIGNED: tl.constexpr,
+                 ALONE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    _, matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, _ = _find_tile(
+        matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, LEAVES, HEIGHT, WIDTH, ALIGNED, ALONE
     )
     if tl.load(numbers_ptr + 5) == 0:
         return
     d = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
-    row_matrix = 0.0
-    column_matrix = 0.0
-    if ROWS:
-        row_matrix = block_matrix(row_ptr, HEIGHT)
-    if COLUMNS:
-        column_matrix = tl.trans(block_matrix(column_ptr, WIDTH))
-    change = -tl.load(numbers_ptr + 4) * _turn(d, row_matrix, column_matrix, ROWS, COLUMNS)
-    # gbar is read where the way forth met a zero: spread, since a mask is no single truth value.
-    flagged = tl.zeros((HEIGHT, WIDTH), tl.int32) + tl.load(flags_ptr + tl.program_id(0)) != 0
-    mean_ptr = pointer(matrix_ptr, tl.float32, EVEN)
-    change = tl.where(tl.load(mean_ptr + offsets, mask=mask & flagged, other=1.0) == 0, 0.0, change)
-    if WRITE:
-        param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, EVEN) + offsets
-        after = tl.load(param_ptr, mask=mask, other=0.0).to(tl.float32) * tl.load(numbers_ptr + 6) + change
-        step = tl.load(numbers_ptr + 3)
-        tl.store(param_ptr, _round(after, matrix_ptr, offsets, step, PARAM, STOCHASTIC), mask=mask)
+    if ROWS or COLUMNS:
+        row, row_low = _factors(row_ptr, HEIGHT, ROWS, ROW_ALIGNED, ALONE)
+        column, column_low = _factors(column_ptr, WIDTH, COLUMNS, ALIGNED, ALONE)
+        d, unit = scaled(d)
+        d = _turn(d, row, row_low, column, column_low, ROWS, COLUMNS, True) * unit
+    if not LEAVES:
+        tl.store(values_ptr + volume + offsets, d, mask=mask)
     else:
-        tl.store(values_ptr + offsets, change, mask=mask)
+        change = -tl.load(numbers_ptr + 4) * d
+        # gbar is read where the way forth met a zero: spread, since a mask is no single truth value.
+        flagged = tl.zeros((HEIGHT, WIDTH), tl.int32) + tl.load(flags_ptr + tl.program_id(0)) != 0
+        mean_ptr = pointer(matrix_ptr, tl.float32, ALIGNED)
+        change = tl.where(tl.load(mean_ptr + offsets, mask=mask & flagged, other=1.0) == 0, 0.0, change)
+        if WRITE:
+            param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, ALIGNED) + offsets
+            after = tl.load(param_ptr, mask=mask, other=0.0).to(tl.float32) * tl.load(numbers_ptr + 6) + change
+            step = tl.load(numbers_ptr + 3)
+            tl.store(param_ptr, _round(after, matrix_ptr, offsets, step, PARAM, STOCHASTIC), mask=mask)
+        else:
+            tl.store(values_ptr + offsets, change, mask=mask)
 
 
 def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
-    """Averages of gradients and parameters, and their changes rotated by the leaves; all of final coordinates.
+    """Averages of gradients and parameters, and their changes rotated; averages and directions in the basis.
 
-    Equals ``butterfly_opt.step.take_step_`` up to ``to_rotated``, restricted to the leaves.
+    Equals ``butterfly_opt.step.take_step_`` up to its direction; with secant also the means for the next step.
 
     Args:
         operands: of the step.
         gate: the column of ``numbers`` that is 0 for matrices to be left out.
         step: else no average changes, and of the values only the innovation is made.
-        observe: take the partial second moments of the innovation.
+        observe: take the partial second moments of the innovation, for ``refit.observe_``.
     """
-    _launch(
-        _forth_kernel, operands, operands.addresses, operands.flags, operands.means, operands.sums, *operands.partials,
-        gate, STEP=step, OBSERVE=observe, DECAY=operands.decays, GRAD=_dtype(operands, "gradients"),
-        PARAM=_dtype(operands, "parameters"), REGRESSION=operands.regression,
-    )  # fmt: skip
-
-
-def take_rest_(operands: Operands) -> None:
-    """Averages and directions of what later stages turned; with secant, the means for the next step.
-
-    Equals the averages of ``butterfly_opt.step.take_step_`` and its ``scale``.
-    """
-    tables, means = operands.tables, operands.means
-    if any(axis.stages[0].lead for part in tables.parts for axis in part.axes):
-        _launch(_rest_kernel, operands, means, operands.sums, REGRESSION=operands.regression)
-    if operands.regression:
-        _means_kernel[(len(means),)](tables.matrices, operands.numbers, operands.sums, means, BLOCK=512)
+    for level in range(len(operands.tables.levels)):
+        _launch(
+            _forth_kernel, operands, level, operands.addresses, operands.flags, operands.means, operands.sums,
+            *operands.partials, gate, STEP=step, OBSERVE=observe, DECAY=operands.decays,
+            GRAD=_dtype(operands, "gradients"), PARAM=_dtype(operands, "parameters"), REGRESSION=operands.regression,
+        )  # fmt: skip
+    if step and operands.regression:
+        _means_kernel[(len(operands.means),)](
+            operands.tables.matrices, operands.numbers, operands.sums, operands.means, BLOCK=512
+        )
 
 
 def back_(operands: Operands, *, stochastic: bool, write: bool) -> None:
-    """The direction rotated back by the leaves, and written; equals the end of ``butterfly_opt.step.take_step_``.
+    """The direction rotated back, and written; equals the end of ``butterfly_opt.step.take_step_``.
 
     Args:
         operands: of the step.
         stochastic: round bfloat16 parameters at random.
         write: change the parameters; else ``values[0]`` receives the change of usable tensors.
     """
-    _launch(
-        _back_kernel, operands, operands.addresses, operands.flags, WRITE=write, STOCHASTIC=stochastic,
-        PARAM=_dtype(operands, "parameters"),
-    )  # fmt: skip
+    for level in reversed(range(len(operands.tables.levels))):
+        _launch(
+            _back_kernel, operands, level, operands.addresses, operands.flags, WRITE=write, STOCHASTIC=stochastic,
+            PARAM=_dtype(operands, "parameters"),
+        )  # fmt: skip
 
 
-def _launch(kernel: Any, operands: Operands, *own: Tensor | int, **constants: Any) -> None:
-    """A program for each tile of the leaves: 16 elements a lane, at most 8 warps."""
+def _launch(kernel: Any, operands: Operands, level: int, *own: Tensor | int, **constants: Any) -> None:
+    """A program for each tile of a level: 32 elements a lane, at most 4 warps."""
     tables = operands.tables
-    height, width = (axis.width for axis in tables.axes)
-    kernel[(len(tables.programs),)](
-        tables.matrices, tables.tiles, tables.programs, operands.numbers, operands.values, tables.volume, *own,
-        HEIGHT=height, WIDTH=width, EVEN=operands.even, ROWS=0 in tables.rotated, COLUMNS=1 in tables.rotated,
-        num_warps=1 << max(0, min(3, (height * width // 512).bit_length() - 1)), **constants,
+    programs, (height, width), aligned = tables.levels[level].programs, (a.width for a in tables.axes), operands.aligned
+    kernel[(len(programs),)](
+        tables.matrices, tables.tiles, programs, operands.numbers, operands.values, tables.volume, *own,
+        LEAVES=level == 0, HEIGHT=height, WIDTH=width, ROW_ALIGNED=aligned[0], ALIGNED=aligned[1],
+        ALONE=tables.parts[0].alone, ROWS=0 in tables.rotated, COLUMNS=1 in tables.rotated,
+        num_warps=1 << max(0, min(2, (height * width // 1024).bit_length())), **constants,
     )  # fmt: skip
 
 

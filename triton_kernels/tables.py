@@ -4,11 +4,13 @@ A *list* is what one launch works on: *parts*, each some matrices of one shape o
 agree in what a kernel is compiled for: dtypes, widths of tiles, and which axes are rotated. All else stands in tables:
 
     matrices   int64, a row a matrix, see MATRIX
-    tiles      int64, a row a tile of an axis, see ``tiles.TILE``
-    programs   int32, what each program does: matrix and tile, and the tile of the columns (passes over the leaves), or
-               the first and the last chunk of the other axis (later stages)
-    groups     int32, of a stage a row a tile: matrix, tile, and where its partial second moments are: the first, the
-               distance from one to the next, their number
+    tiles      int64, a row a tile of an axis in a stage, see ``tiles.TILE``
+    programs   int32, what each program of a level does, see PROGRAM
+    groups     int32, a row a rotated tile: matrix, tile, and where its partial second moments are: the first, their
+               number
+
+A *level* turns the first stages of both axes, the second, and so on: a tile of the rows times one of the columns, of
+which one may be plain, with all entries that level is to turn. What neither axis turns any more has left before.
 
 They are made once for a list. Gradients get new addresses in every step: theirs and the parameters' are a table of
 their own, ``(matrices, 2)``.
@@ -21,13 +23,17 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .tiles import Stage
+from .tiles import TILE, Stage
 
 MATRIX = ("exp_avg", "exp_avg_sq", "param_avg", "disp_sq", "cross", "first", "columns", "size", "stream", "position",
           "program", "programs")  # fmt: skip
 """A row of the table of matrices: addresses of its averages (0: none), its first element in the scratch of a list,
-columns, elements, stream of random numbers, position of its first element in the parameter, and its programs in the
-passes over the leaves."""
+columns, elements, stream of random numbers, position of its first element in the parameter, and its programs: the first
+place of their sums, their number."""
+
+PROGRAM = ("matrix", "row", "column", "place", "row_partial", "column_partial")
+"""A row of the table of programs: matrix, tile of the rows and of the columns, and where it leaves sums and partial
+second moments (-1: the tile is not rotated)."""
 
 NUMBERS = ("mean", "square", "pair", "step", "lr", "usable", "keep", "floor", "before", "within", "sign", "l2",
            "newest")  # fmt: skip
@@ -44,6 +50,7 @@ class Axis(NamedTuple):
     Attributes:
         width: coordinates a tile has room for.
         stages: of its rotation, or one of plain tiles.
+        rest: all of the axis as plain tiles, for levels after its last stage.
         lead: outputs of a group that go on; 0 in a full plan.
         matrices: ``(count, numel)``; None if the axis is not rotated.
         moments: the same.
@@ -51,6 +58,7 @@ class Axis(NamedTuple):
 
     width: int
     stages: Sequence[Stage]
+    rest: Stage
     lead: int = 0
     matrices: Tensor | None = None
     moments: Tensor | None = None
@@ -64,27 +72,38 @@ class Part(NamedTuple):
         averages: of this shape, by name.
         axes: rows and columns.
         streams: of random numbers, one a parameter; each holds as many of the matrices.
-        even: every tile of the columns is full, and every row and average aligned: accesses are 16 bytes wide.
+        aligned: of rows and columns, whether all lies in fours, so that accesses are 16 bytes wide: groups, and of
+            columns tiles and averages too.
     """
 
     shape: tuple[int, int, int]
     averages: dict[str, Tensor]
     axes: tuple[Axis, Axis]
     streams: Sequence[int]
-    even: bool
+    aligned: tuple[bool, bool]
 
     @property
     def numel(self) -> int:
         """Elements of all."""
         return self.shape[0] * self.shape[1] * self.shape[2]
 
+    @property
+    def alone(self) -> bool:
+        """Whether no tile holds two groups."""
+        return all(stage.alone for axis in self.axes for stage in axis.stages)
 
-class Pass(NamedTuple):
-    """A stage of one axis of all matrices: its tables, and the place of the first partial moment of its programs."""
+    def levels(self) -> list[tuple[Stage, Stage]]:
+        """What rows and columns do at each level."""
+        depth = max(len(axis.stages) for axis in self.axes)
+        rows, columns = ([*axis.stages, *[axis.rest] * (depth - len(axis.stages))] for axis in self.axes)
+        return list(zip(rows, columns, strict=True))
+
+
+class Level(NamedTuple):
+    """What a launch does: its programs, and of rows and columns the tiles that it rotates."""
 
     programs: Tensor
-    groups: Tensor
-    first: int
+    groups: list[Tensor]
 
 
 class Tables(NamedTuple):
@@ -92,21 +111,22 @@ class Tables(NamedTuple):
 
     Attributes:
         parts: what they were made of.
-        matrices: see the module; so ``tiles``, and ``programs``, those of the passes over the leaves.
-        passes: the stages of the rows and those of the columns; the leaves alone where an axis is not rotated.
-        groups: of rows and columns, those of all stages.
+        matrices: see the module; so ``tiles``.
+        levels: from the leaves to the roots.
+        groups: of rows and columns, those of all levels.
         partials: how many partial moments rows and columns have.
-        changes: numbers that a refit hands on from stage to stage.
+        programs: of all levels.
+        changes: numbers that a refit hands on from level to level.
         volume: elements of all matrices.
     """
 
     parts: Sequence[Part]
     matrices: Tensor
     tiles: Tensor
-    programs: Tensor
-    passes: list[list[Pass]]
+    levels: list[Level]
     groups: list[Tensor]
     partials: list[int]
+    programs: int
     changes: int
     volume: int
 
@@ -129,12 +149,12 @@ class Operands(NamedTuple):
         addresses: int64 ``(matrices, 2)``, of gradients and parameters.
         numbers: float32, see NUMBERS.
         values: float32 ``(2 or 3, volume)``, scratch: u and m, and with secant w; d takes the place of m.
-        flags: int32, one a program over the leaves, scratch.
+        flags: int32, one a program of the leaves, scratch.
         means: float32 ``(matrices, 2)``, of B and |C| before this step, and after it those of it (secant).
-        sums: float64, one pair a program over the leaves, scratch: of B and |C|.
+        sums: float64, one pair a program, scratch: of B and |C|.
         partials: of rows and columns, scratch ``(partials, width, width)``.
         dtypes: of gradients and parameters.
-        even: every access is 16 bytes wide.
+        aligned: see ``Part``; of gradients and parameters as well.
         decays: L2 decay is added to gradients.
         regression: ``MIN_STEPS``, ``MAX_RIDGE`` and ``ROUNDING`` of ``butterfly_opt.diagonal``; None for innovation.
     """
@@ -148,7 +168,7 @@ class Operands(NamedTuple):
     sums: Tensor
     partials: Sequence[Tensor]
     dtypes: tuple[torch.dtype, torch.dtype]
-    even: bool
+    aligned: tuple[bool, bool]
     decays: bool
     regression: tuple[float, float, float] | None
 
@@ -162,61 +182,48 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
     """
     for part in parts:
         tiles.check(part.averages)
-    tile_rows, numbers, changes = _tile_rows(parts)
-    counts = [part.shape[0] for part in parts]
-    matrices = torch.arange(sum(counts)).split(counts)
-    spans = torch.tensor([rows[0].shape[1] * columns[0].shape[1] for rows, columns in numbers])
-    spans = spans.repeat_interleave(torch.tensor(counts))
-    starts = spans.cumsum(0) - spans
-    leaves: list[list[Tensor]] = [[], [], []]
-    for matrix, ((row, *_), (column, *_)) in zip(matrices, numbers, strict=True):
-        own, first, height, width = matrix[:, None], starts[matrix][:, None], row.shape[1], column.shape[1]
-        leaves[0].append(_table(own[..., None], row[..., None], column[:, None]))
-        leaves[1].append(_table(own, row, first + torch.arange(height) * width, 1, width))
-        leaves[2].append(_table(own, column, first + torch.arange(width), width, height))
-    programs, *of_leaves = (torch.cat(tables) for tables in leaves)
-    passes: list[list[Pass]] = []
-    partials: list[int] = []
-    for axis in (0, 1):
-        stages, place = [Pass(programs, of_leaves[axis], 0)], len(programs)
-        for stage in range(1, max(len(own[axis]) for own in numbers)):
-            members = [
-                (matrix, own[axis][stage], -(-part.shape[2 - axis] // part.axes[1 - axis].width))
-                for part, matrix, own in zip(parts, matrices, numbers, strict=True)
-                if stage < len(own[axis])
-            ]
-            stages.append(_later_pass(members, place))
-            place += len(stages[-1].programs)
-        passes.append([
-            Pass(tiles.to_device(own.programs, device), tiles.to_device(own.groups, device), own.first)
-            for own in stages
-        ])  # fmt: skip
-        partials.append(place)
-    groups = [torch.cat([own.groups for own in stages]) for stages in passes]
-    rows, tile_rows = (tiles.to_device(x, device) for x in (_matrix_rows(parts, starts, spans), tile_rows))
-    volume = sum(part.numel for part in parts)
-    return Tables(parts, rows, tile_rows, passes[0][0].programs, passes, groups, partials, changes, volume)
+    rows, numbers, changes = _tile_rows(parts)
+    matrices = torch.arange(sum(part.shape[0] for part in parts)).split([part.shape[0] for part in parts])
+    found: list[Tensor] = []
+    for level in range(max(len(own) for own in numbers)):
+        pairs = []
+        for matrix, own in zip(matrices, numbers, strict=True):
+            if level < len(own):
+                (row, row_turns), (column, column_turns) = own[level]
+                i, j = (row_turns[:, None] | column_turns).nonzero(as_tuple=True)
+                pairs.append(torch.stack([matrix[:, None].expand(-1, len(i)), row[:, i], column[:, j]], dim=-1))
+        found.append(torch.cat([pair.flatten(0, 1) for pair in pairs]))
+    order, of_all = torch.cat(found)[:, 0].argsort(stable=True), sum(map(len, found))
+    places = torch.empty_like(order).index_copy_(0, order, torch.arange(of_all)).split([len(own) for own in found])
+    counts = torch.cat(found)[:, 0].bincount()
+    levels, partials = [], [0, 0]
+    for own, place in zip(found, places, strict=True):
+        slots, groups = zip(*(_slots(own, axis, rows, partials) for axis in (0, 1)), strict=True)
+        programs = torch.cat([own, torch.stack([place, *slots], dim=1)], dim=1)
+        levels.append(Level(tiles.to_device(programs.int(), device), [tiles.to_device(x, device) for x in groups]))
+    of_matrices = torch.cat([_matrix_rows(parts), torch.stack([counts.cumsum(0) - counts, counts], dim=1)], dim=1)
+    on_device = (tiles.to_device(x, device) for x in (of_matrices, rows))
+    groups = [torch.cat([level.groups[axis] for level in levels]) for axis in (0, 1)]
+    return Tables(parts, *on_device, levels, groups, partials, of_all, changes, sum(part.numel for part in parts))
 
 
-def _table(*columns: Tensor | int) -> Tensor:
-    """Columns, broadcast, as a table of int32."""
-    return torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, columns)), dim=-1).flatten(0, -2).int()
+def _slots(programs: Tensor, axis: int, rows: Tensor, partials: list[int]) -> tuple[Tensor, Tensor]:
+    """Where the programs of a level leave their partial moments of an axis, those of a tile side by side; the groups.
+
+    ``partials`` counts on.
+    """
+    own = programs[:, 1 + axis]
+    turned = (rows[own, TILE.index("matrix")] != 0).nonzero().view(-1)
+    turned = turned[own[turned].argsort(stable=True)]
+    slots = torch.full_like(own, -1).index_copy_(0, turned, partials[axis] + torch.arange(len(turned)))
+    tile, counts = own[turned].unique_consecutive(return_counts=True)
+    firsts = partials[axis] + counts.cumsum(0) - counts
+    matrix = programs[turned, 0][counts.cumsum(0) - counts]
+    partials[axis] += len(turned)
+    return slots, torch.stack([matrix, tile, firsts, counts], dim=1).int()
 
 
-def _later_pass(members: Sequence[tuple[Tensor, Tensor, int]], first: int) -> Pass:
-    """A later stage of all parts: numbers of its matrices ``(count,)``, of its tiles ``(count, tiles)``, and chunks."""
-    each = tiles.share(sum(tile.numel() * chunks for _, tile, chunks in members))
-    programs, groups, place = [], [], first
-    for matrix, tile, chunks in members:
-        starts = torch.arange(0, chunks, each)
-        programs.append(_table(matrix[:, None, None], tile[..., None], starts, (starts + each).clamp_max(chunks)))
-        places = place + torch.arange(tile.numel()).view(tile.shape) * len(starts)
-        groups.append(_table(matrix[:, None], tile, places, 1, len(starts)))
-        place += len(programs[-1])
-    return Pass(torch.cat(programs), torch.cat(groups), first)
-
-
-def _matrix_rows(parts: Sequence[Part], starts: Tensor, spans: Tensor) -> Tensor:
+def _matrix_rows(parts: Sequence[Part]) -> Tensor:
     rows: list[list[int]] = []
     first = 0
     for part in parts:
@@ -227,21 +234,26 @@ def _matrix_rows(parts: Sequence[Part], starts: Tensor, spans: Tensor) -> Tensor
             own = first + i * size, part.shape[2], size, part.streams[i // batch], i % batch * size
             rows.append([*(x + 4 * i * size for x in addresses), *own])
         first += part.numel
-    return torch.cat([torch.tensor(rows), starts[:, None], spans[:, None]], dim=1)
+    return torch.tensor(rows)
 
 
-def _tile_rows(parts: Sequence[Part]) -> tuple[Tensor, list[list[list[Tensor]]], int]:
-    """The table of tiles; of each part, axis and stage the numbers ``(count, tiles)`` of its tiles; all changes."""
+Tiles = tuple[Tensor, Tensor]
+"""The numbers ``(count, tiles)`` of the tiles of a stage, and whether a level turns what is in them ``(tiles,)``."""
+
+
+def _tile_rows(parts: Sequence[Part]) -> tuple[Tensor, list[list[tuple[Tiles, Tiles]]], int]:
+    """The table of tiles; of each part and level the tiles of rows and columns; all changes."""
     rows: list[Tensor] = []
-    numbers: list[list[list[Tensor]]] = []
+    numbers: list[list[tuple[Tiles, Tiles]]] = []
     total = changes = 0
     for part in parts:
-        numbers.append([[], []])
+        known: list[list[Tiles]] = [[], []]
         own = torch.arange(part.shape[0])[:, None]
-        for axis, known in zip(part.axes, numbers[-1], strict=True):
+        for i, axis in enumerate(part.axes):
             below: Tensor | int = 0
-            for stage in axis.stages:
-                start, length, offset, size, group = stage.tiles.unbind(1)
+            for level in part.levels():
+                stage = level[i]
+                start, length, offset, size, group, lead, turns = stage.tiles.unbind(1)
                 matrix, moment = (
                     torch.tensor(0) if x is None
                     else torch.where(offset < 0, 0, x.data_ptr() + 4 * (own * x.shape[1] + offset))
@@ -249,9 +261,10 @@ def _tile_rows(parts: Sequence[Part]) -> tuple[Tensor, list[list[list[Tensor]]],
                 )  # fmt: skip
                 change = changes + own * stage.groups * axis.lead**2
                 index = torch.tensor(0 if stage.coordinates is None else stage.coordinates.data_ptr())
-                columns = (start, length, matrix, moment, size, torch.tensor(stage.lead), change + group * axis.lead**2,
+                columns = (start, length, matrix, moment, size, lead, change + group * axis.lead**2,
                            below + start * axis.lead, index)  # fmt: skip
                 rows.append(torch.stack([x.expand(len(own), len(start)) for x in columns], dim=-1).flatten(0, 1))
-                known.append(total + torch.arange(len(rows[-1])).view(len(own), -1))
+                known[i].append((total + torch.arange(len(rows[-1])).view(len(own), -1), turns > 0))
                 total, changes, below = total + len(rows[-1]), changes + len(own) * stage.groups * axis.lead**2, change
+        numbers.append(list(zip(*known, strict=True)))
     return torch.cat(rows), numbers, changes

@@ -3,7 +3,12 @@
 Layout. A *tile* of an axis is a set of at most ``width`` coordinates, whole groups of one size: one group, or as many
 as fit. A kernel reads their matrices as one block-diagonal ``(width, width)`` matrix, so that groups of 2 and of 64 are
 one product each. ``width`` is a power of two >= 16, as ``tl.dot`` needs it, the same for every stage of an axis; what
-lies beyond a group is masked.
+lies beyond a group is masked. What a stage does not turn is cut into *plain* tiles.
+
+Products are as accurate as float32's, whatever torch's global setting says. A factor is the sum of two float16 numbers,
+of 22 bits, after a power of two has brought a tile into their range; three products of theirs add up in float32. What
+is lost is 2^-22 of an entry, or 2^-36 of the largest of the tile. Three products of TF32 take twice the time and the
+shared memory (and AMD has none); ``ieee`` has no tensor cores.
 """
 
 import functools
@@ -25,16 +30,8 @@ MIN_WIDTH = 16
 VECTOR_WIDTH = 1024
 """Elements a program where no axis is rotated."""
 
-MANY_PROGRAMS = 528
-"""Programs that fill a device: four for each of the 132 multiprocessors of an H100."""
-
-MAX_CHUNKS = 8
-"""Chunks a program takes where there are more than enough: it writes one partial moment for all of them."""
-
-PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
-"""Products as accurate as float32, whatever torch's global setting says. Three TF32 products (relative error 1.7e-7 of
-``B_r^T X B_c`` in emulation, float32 2.5e-7) need the registers of one tile; ``ieee`` unrolls 64 x 64 x 64
-multiply-adds and spills up to 11 KiB a thread, as compiled for compute capability 9.0. AMD has ``ieee`` alone."""
+ALIGNMENT = 4
+"""float32 numbers of the widest access, 16 bytes."""
 
 ALL = 1 << 30
 """``lead`` of an axis whose outputs all go on."""
@@ -49,31 +46,41 @@ _WIDE = tl.constexpr(len(TILE))
 
 
 class Stage(NamedTuple):
-    """A stage of a rotation, or all of an axis that is not rotated.
+    """A stage of a rotation with the rest of its axis, or all of an axis that is not rotated.
 
     Attributes:
-        tiles: int64 ``(tiles, 5)`` on the CPU: start, total, first number of the matrices (-1: not rotated), size of a
-            group, number of the first group.
+        tiles: int64 ``(tiles, 7)`` on the CPU: start, total, first number of the matrices (-1: plain), size of a group,
+            number of the first group, outputs of a group that a later stage turns (0, a number, or ALL), and whether a
+            launch for this stage has to visit it for its own sake.
         groups: their number.
-        lead: outputs of a group that a later stage turns again: 0, a number, or ALL.
-        coordinates: int64 on the device, those of the groups one after the other; None for ``0, 1, ...``.
+        coordinates: int32 on the device, those of the tiles one after the other; None for ``0, 1, ...``.
+        aligned: tiles, groups and runs of coordinates begin and end at multiples of ALIGNMENT.
+        alone: no tile holds two groups.
     """
 
     tiles: Tensor
     groups: int
-    lead: int
     coordinates: Tensor | None
+    aligned: bool
+    alone: bool
 
 
-@functools.lru_cache(maxsize=4096)
-def stage_tiles(runs: Sequence[tuple[int, int]], length: int, offset: int, width: int) -> Tensor:
-    """The tiles of a stage, see ``Stage``.
+def make_stage(
+    runs: Sequence[tuple[int, int]], coordinates: Tensor | None, length: int, offset: int, width: int, *, lead: int,
+    plain_lead: int = 0, visited: bool = True, device: torch.device | None = None,
+) -> Stage:  # fmt: skip
+    """Cuts an axis.
 
     Args:
         runs: number and size of its groups.
-        length: coordinates to cover; those that no group has are left as they are.
+        coordinates: of the groups, then of the rest, on the CPU; None for ``0, 1, ...``.
+        length: of the axis.
         offset: first number of the stage's matrices in those of a rotation.
         width: coordinates a tile has room for.
+        lead: outputs of a group that a later stage turns.
+        plain_lead: the same of what is in no group: 0 or ALL.
+        visited: whether what is in no group has to be visited.
+        device: of the result's coordinates.
 
     Raises:
         ValueError: if a group is larger than MAX_BLOCK.
@@ -85,26 +92,31 @@ def stage_tiles(runs: Sequence[tuple[int, int]], length: int, offset: int, width
     for count, size in runs:
         groups = torch.arange(0, count, width // size)
         starts, left, offsets = start + groups * size, (count - groups) * size, offset + groups * size**2
-        parts.append(_rows(starts, left.clamp_max(width // size * size), offsets, size, first + groups))
+        parts.append(_rows(starts, left.clamp_max(width // size * size), offsets, size, first + groups, lead, 1))
         start, first, offset = start + count * size, first + count, offset + count * size**2
     if start < length:
         rest = torch.arange(start, length, width)
-        parts.append(_rows(rest, (length - rest).clamp_max(width), torch.full_like(rest, -1), 1, 0 * rest))
-    return torch.cat(parts)
+        ends = (length - rest).clamp_max(width)
+        parts.append(_rows(rest, ends, -torch.ones_like(rest), width, 0 * rest, plain_lead, int(visited)))
+    cut, aligned = torch.cat(parts), True
+    if coordinates is not None:
+        whole = len(coordinates) % ALIGNMENT == 0
+        runs_of = coordinates.view(-1, ALIGNMENT) if whole else coordinates[:0].view(0, ALIGNMENT)
+        aligned = whole and bool((runs_of - runs_of[:, :1] == torch.arange(ALIGNMENT)).all())
+        aligned = aligned and bool((runs_of[:, 0] % ALIGNMENT == 0).all())
+        coordinates = to_device(coordinates.int(), device or coordinates.device)
+    aligned = aligned and bool((cut[:, [0, 1, 3, 5]] % ALIGNMENT == 0).all())
+    alone = all(2 * size > width for _, size in runs)
+    return Stage(cut, sum(count for count, _ in runs), coordinates, aligned, alone)
 
 
-def _rows(starts: Tensor, totals: Tensor, offsets: Tensor, size: int, firsts: Tensor) -> Tensor:
-    return torch.stack([starts, totals, offsets, torch.full_like(starts, size), firsts], dim=1)
+def _rows(starts: Tensor, *columns: Tensor | int) -> Tensor:
+    return torch.stack([starts, *(torch.as_tensor(x).expand_as(starts) for x in columns)], dim=1)
 
 
 def width_of(length: int) -> int:
     """Coordinates a tile of an axis has room for: a power of two."""
     return max(MIN_WIDTH, 1 << (min(length, MAX_BLOCK) - 1).bit_length())
-
-
-def share(work: int) -> int:
-    """Of so many pieces of work, those that one program takes."""
-    return max(1, min(MAX_CHUNKS, work // MANY_PROGRAMS))
 
 
 def to_device(rows: Tensor, device: torch.device) -> Tensor:
@@ -136,53 +148,91 @@ def check(state: dict[str, Tensor]) -> None:
 
 
 @triton.jit
-def pointer(entry_ptr, DTYPE: tl.constexpr, EVEN: tl.constexpr):
-    """The pointer whose address a table holds; ``EVEN``: a multiple of 16."""
+def pointer(entry_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer whose address a table holds; ``ALIGNED``: a multiple of 16."""
     found = tl.load(entry_ptr).to(tl.pointer_type(DTYPE))
-    if EVEN:
+    if ALIGNED:
         found = tl.multiple_of(found, 16)
     return found
 
 
 @triton.jit
-def coordinates(tile_ptr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+def coordinates(tile_ptr, WIDTH: tl.constexpr, LEAVES: tl.constexpr, ALIGNED: tl.constexpr):
     """The coordinates of a tile, and which of them exist."""
     lanes = tl.arange(0, WIDTH)
     start = tl.load(tile_ptr)
-    if EVEN:
-        # A constant mask and a known alignment: accesses of 16 bytes.
-        return tl.multiple_of(start, 16) + lanes, tl.full((WIDTH,), 1, tl.int32) != 0
-    return start + lanes, lanes < tl.load(tile_ptr + 1)
+    total = tl.load(tile_ptr + 1).to(tl.int32)
+    if ALIGNED:
+        start = tl.multiple_of(start, 4)
+        total = tl.multiple_of(total, 4)
+    exists = lanes < total
+    found = start + lanes
+    if not LEAVES:
+        index = tl.load(tile_ptr + 8)
+        listed = exists & (tl.zeros_like(lanes) + index != 0)
+        own = tl.load(index.to(tl.pointer_type(tl.int32)) + found, mask=listed, other=0).to(tl.int64)
+        found = tl.where(listed, own, found)
+        if ALIGNED:
+            found = tl.max_contiguous(tl.multiple_of(found, 4), 4)
+    return found, exists
 
 
 @triton.jit
-def goes_on(tile_ptr, WIDTH: tl.constexpr):
+def goes_on(tile_ptr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr):
     """Which outputs of a tile a later stage turns again."""
-    return tl.arange(0, WIDTH) % tl.load(tile_ptr + 4).to(tl.int32) < tl.load(tile_ptr + 5)
+    lanes = tl.arange(0, WIDTH)
+    if not ALONE:
+        lanes = lanes % tl.load(tile_ptr + 4).to(tl.int32)
+    lead = tl.load(tile_ptr + 5).to(tl.int32)
+    if ALIGNED:
+        lead = tl.multiple_of(lead, 4)
+    return lanes < lead
 
 
 @triton.jit
-def block_offsets(tile_ptr, i, j):
-    """Where entries i, j of a tile's block-diagonal matrix lie, which of them exist, and the size of a block."""
+def block_offsets(tile_ptr, i, j, ALIGNED: tl.constexpr, ALONE: tl.constexpr):
+    """Where entries i, j of a tile's block-diagonal matrix lie, and which of them exist."""
     total = tl.load(tile_ptr + 1).to(tl.int32)
     size = tl.load(tile_ptr + 4).to(tl.int32)
-    inside = (i // size == j // size) & (i < total) & (j < total) & (tl.zeros_like(i) + tl.load(tile_ptr + 2) != 0)
-    return i // size * size * size + i % size * size + j % size, inside, size
+    if ALIGNED:
+        total = tl.multiple_of(total, 4)
+        size = tl.multiple_of(size, 4)
+    inside = (i < total) & (j < total) & (tl.zeros_like(i) + tl.load(tile_ptr + 2) != 0)
+    if ALONE:
+        return i * size + j, inside
+    return i // size * size * size + i % size * size + j % size, inside & (i // size == j // size)
 
 
 @triton.jit
-def block_matrix(tile_ptr, WIDTH: tl.constexpr):
-    """The block-diagonal matrix of a tile, ``(WIDTH, WIDTH)``; ones on the diagonal where nothing is rotated."""
+def block_matrix(tile_ptr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr):
+    """The block-diagonal matrix of a tile, ``(WIDTH, WIDTH)``; ones on the diagonal of a plain one."""
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
-    offsets, inside, _ = block_offsets(tile_ptr, i, j)
+    offsets, inside = block_offsets(tile_ptr, i, j, ALIGNED, ALONE)
     rests = (i == j) & (tl.zeros_like(i) + tl.load(tile_ptr + 2) == 0)
-    return tl.where(rests, 1.0, tl.load(pointer(tile_ptr + 2, tl.float32, False) + offsets, mask=inside, other=0.0))
+    return tl.where(rests, 1.0, tl.load(pointer(tile_ptr + 2, tl.float32, ALIGNED) + offsets, mask=inside, other=0.0))
 
 
 @triton.jit
-def store_moment(partial_ptr, moment, WIDTH: tl.constexpr):
-    """The upper half of the partial second moment of this program; it is symmetric."""
-    i = tl.arange(0, WIDTH)[:, None]
-    j = tl.arange(0, WIDTH)[None, :]
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * (WIDTH * WIDTH) + i * WIDTH + j, moment, mask=i <= j)
+def halves(x):
+    """Two float16 numbers whose sum is ``x`` but for 2^-23 of it, or 2^-25 if that is more; ``x`` below 2^15."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def scaled(x):
+    """A tile times a power of two that makes its largest entry 2^11 to 2^12, and the inverse of that factor.
+
+    An orthogonal matrix makes of it at most 8 times as much: below the largest float16, 65504.
+    """
+    exponent = tl.max(tl.abs(x)).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(127 + 127 + 11 - exponent, 1), 253)
+    return x * (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a_high, a_low, b_high, b_low):
+    """``(a_high + a_low) (b_high + b_low)`` in float32, the smallest terms first."""
+    small = tl.dot(a_low, b_high, acc=tl.dot(a_high, b_low))
+    return tl.dot(a_high, b_high, acc=small)

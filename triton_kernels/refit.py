@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .tables import NUMBERS, Operands
-from .tiles import _WIDE, block_matrix, block_offsets, halves, pointer, product, scaled
+from .tiles import _WIDE, block_offsets, halves, pointer, product, scaled
 
 _N = tl.constexpr(len(NUMBERS))
 
@@ -43,13 +43,14 @@ def _observe_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH
     j = entries % WIDTH
     first = tl.load(groups_ptr + 2).to(tl.int64)
     count = tl.load(groups_ptr + 3)
-    moment = tl.zeros((SLICE,), tl.float32)
+    ahead = tl.zeros((AHEAD, SLICE), tl.float32)
     for start in range(0, count, AHEAD):
         number = start + tl.arange(0, AHEAD)[:, None]
         partial = (first + number) * (WIDTH * WIDTH) + entries[None, :]
         # Of a partial moment the upper half is written, in fours.
         mask = (number < count) & (i // 4 <= j // 4)[None, :]
-        moment += tl.sum(tl.load(partial_ptr + partial, mask=mask, other=0.0), axis=0)
+        ahead += tl.load(partial_ptr + partial, mask=mask, other=0.0)
+    moment = tl.sum(ahead, axis=0)
     tile_ptr = tiles_ptr + tl.load(groups_ptr + 1) * _WIDE
     offsets, inside = block_offsets(tile_ptr, i, j, False, ALONE)
     moments_ptr = pointer(tile_ptr + 3, tl.float32, False)
@@ -63,30 +64,29 @@ def _observe_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH
 
 @triton.jit
 def _orthogonal_factor(a, total, WIDTH: tl.constexpr):
-    """``Q`` of ``A = Q R`` with the diagonal of ``R`` >= 0, by reflections ``H = I - tau v v^T``."""
+    """``Q^T`` of ``A = Q R`` with the diagonal of ``R`` >= 0, by reflections ``H = I - tau v v^T``."""
     rows = tl.arange(0, WIDTH)
     i = rows[:, None]
     j = rows[None, :]
     largest = tl.max(tl.abs(a), axis=0)
     a = a / tl.where(largest > 0, largest, 1.0)[None, :]
+    # All reflections of A, which turn the identity into Q^T: both sums run down a column, which one lane holds.
     q = tl.where(i == j, 1.0, 0.0)
     for k in range(total):
-        column = tl.sum(tl.where(j == k, a, 0.0), axis=1)
+        column = tl.sum(tl.gather(a, tl.zeros_like(i) + k, axis=1), axis=1)
         alpha = tl.sum(tl.where(rows == k, column, 0.0), axis=0)
         below = tl.where(rows > k, column, 0.0)
         rest = tl.sum(below * below, axis=0)
         norm = tl.sqrt_rn(alpha * alpha + rest)
         beta = tl.where(alpha < 0, norm, -norm)
-        # A column that is finished already is left alone, but for its sign.
+        # A column that is finished already is left alone.
         moves = rest > 0
         tau = tl.where(moves, (beta - alpha) / tl.where(moves, beta, 1.0), 0.0)
-        v = tl.where(rows == k, 1.0, below / tl.where(moves, alpha - beta, 1.0))
-        a -= tau * v[:, None] * tl.sum(a * v[:, None], axis=0)[None, :]
-        q -= tau * tl.sum(q * v[None, :], axis=1)[:, None] * v[None, :]
-        diagonal = tl.where(moves, beta, alpha)
-        # Column k of Q is final: later reflections act on columns behind it.
-        q = tl.where((j == k) & (tl.zeros_like(j) + diagonal < 0), -q, q)
-    return q
+        v = tl.where(rows == k, 1.0, below * (1.0 / tl.where(moves, alpha - beta, 1.0)))[:, None]
+        a -= v * (tau * tl.sum(a * v, axis=0))[None, :]
+        q -= v * (tau * tl.sum(q * v, axis=0))[None, :]
+    diagonal = tl.sum(tl.where(i == j, a, 0.0), axis=1)
+    return tl.where(diagonal[:, None] < 0, -q, q)
 
 
 @triton.jit
@@ -100,8 +100,9 @@ def _multiply(a, b):
 
 
 @triton.jit(do_not_specialize=["groups_ptr", "lead"])
-def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, gate, lead, shift, WIDTH: tl.constexpr,
-                  ALONE: tl.constexpr, TRANSPORT: tl.constexpr, CHANGE: tl.constexpr):  # fmt: skip
+def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, scratch_ptr, gate, lead, shift,
+                  WIDTH: tl.constexpr, ALONE: tl.constexpr, TRANSPORT: tl.constexpr,
+                  CHANGE: tl.constexpr):  # fmt: skip
     """One tile."""
     groups_ptr += tl.program_id(0) * 4
     if tl.load(numbers_ptr + tl.load(groups_ptr).to(tl.int64) * _N + gate) == 0:
@@ -112,9 +113,9 @@ def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, gate, lead, s
     offsets, inside = block_offsets(tile_ptr, i, j, False, ALONE)
     total = tl.load(tile_ptr + 1).to(tl.int32)
     size = tl.load(tile_ptr + 4).to(tl.int32)
-    matrices_ptr = pointer(tile_ptr + 2, tl.float32, False) + offsets
+    matrices_ptr = pointer(tile_ptr + 2, tl.float32, False)
     moments_ptr = pointer(tile_ptr + 3, tl.float32, False) + offsets
-    before = block_matrix(tile_ptr, WIDTH, False, ALONE)
+    before = tl.load(matrices_ptr + offsets, mask=inside, other=0.0)
     moment = tl.load(moments_ptr, mask=inside, other=0.0)
     if TRANSPORT:
         own = (i // lead == j // lead) & (i < total) & (j < total)
@@ -122,19 +123,26 @@ def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, gate, lead, s
         turn = tl.load(changes_ptr + child, mask=own, other=0.0)
         before = _multiply(turn, before)
         moment = _multiply(_multiply(turn, moment), tl.trans(turn))
+        tl.store(matrices_ptr + offsets, before, mask=inside)
         tl.store(moments_ptr, moment, mask=inside)
     diagonal = tl.sum(tl.where(i == j, moment, 0.0), axis=0)
     trace = tl.sum(tl.where(i // size == j // size, diagonal[None, :], 0.0), axis=1)
     turned = _multiply(moment, before) + shift * trace[:, None] * before
-    after = _orthogonal_factor(turned, total, WIDTH)
-    tl.store(matrices_ptr, after, mask=inside)
+    # By way of memory, where the first partial moment was: a product leaves its entries so that no lane has a column.
+    scratch_ptr += tl.load(groups_ptr + 2).to(tl.int64) * (WIDTH * WIDTH) + i * WIDTH + j
+    tl.store(scratch_ptr, turned)
+    tl.debug_barrier()
+    after = _orthogonal_factor(tl.load(scratch_ptr), total, WIDTH)
     if CHANGE:
-        change = _multiply(tl.trans(after), before)
+        change = _multiply(after, tl.load(matrices_ptr + offsets, mask=inside, other=0.0))
         # The root's outputs go nowhere: its lead is 0.
         goes_on = tl.load(tile_ptr + 5)
         leading = inside & (i % size < goes_on) & (j % size < goes_on)
         target = tl.load(tile_ptr + 6) + i // size * lead * lead + i % size * lead + j % size
         tl.store(changes_ptr + target, change, mask=leading)
+        tl.debug_barrier()
+    mirrored, _ = block_offsets(tile_ptr, j, i, False, ALONE)
+    tl.store(matrices_ptr + mirrored, after, mask=inside)
 
 
 def observe_(operands: Operands, *, axis: int, gate: int) -> None:
@@ -171,7 +179,7 @@ def refit_(operands: Operands, *, axis: int, gate: int, shift: float) -> None:
     for number, level in enumerate(tables.levels):
         if groups := len(level.groups[axis]):
             _refit_kernel[(groups,)](
-                tables.tiles, level.groups[axis], operands.numbers, changes, gate, max(lead, 1), shift, WIDTH=width,
-                ALONE=tables.parts[0].alone, TRANSPORT=number > 0 and lead > 0, CHANGE=lead > 0,
-                num_warps=4 if width <= 32 else 8,
+                tables.tiles, level.groups[axis], operands.numbers, changes, operands.partials[axis], gate, max(lead, 1),
+                shift, WIDTH=width, ALONE=tables.parts[0].alone, TRANSPORT=number > 0 and lead > 0, CHANGE=lead > 0,
+                num_warps=max(1, width // 32),
             )  # fmt: skip

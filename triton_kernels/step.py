@@ -96,18 +96,19 @@ def _factors(tile_ptr, WIDTH: tl.constexpr, TURNS: tl.constexpr, ALIGNED: tl.con
 @triton.jit
 def _turn(x, row, row_low, column, column_low, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BACK: tl.constexpr):
     """``B_r^T x B_c``, or ``B_r x B_c^T`` with ``BACK``; of ``scaled`` x."""
-    if COLUMNS:
-        high, low = halves(x)
-        if BACK:
-            x = product(high, low, tl.trans(column), tl.trans(column_low))
-        else:
-            x = product(high, low, column, column_low)
+    # Rows first: a product's result is the left factor of the next without leaving the registers.
     if ROWS:
         high, low = halves(x)
         if BACK:
             x = product(row, row_low, high, low)
         else:
             x = product(tl.trans(row), tl.trans(row_low), high, low)
+    if COLUMNS:
+        high, low = halves(x)
+        if BACK:
+            x = product(high, low, tl.trans(column), tl.trans(column_low))
+        else:
+            x = product(high, low, column, column_low)
     return x
 
 
@@ -115,12 +116,11 @@ def _turn(x, row, row_low, column, column_low, ROWS: tl.constexpr, COLUMNS: tl.c
 def _store_moments(entry_ptr, partial_ptr, left, left_low, right, right_low, unit, WIDTH: tl.constexpr):
     """The partial second moment of a rotated tile; of its symmetric entries the upper half."""
     slot = tl.load(entry_ptr).to(tl.int64)
-    if slot >= 0:
-        moment = product(left, left_low, right, right_low) * unit * unit
-        i = tl.arange(0, WIDTH)[:, None]
-        j = tl.arange(0, WIDTH)[None, :]
-        # Fours that reach into the upper half: accesses stay 16 bytes wide.
-        tl.store(partial_ptr + slot * (WIDTH * WIDTH) + i * WIDTH + j, moment, mask=i // 4 <= j // 4)
+    moment = product(left, left_low, right, right_low) * unit * unit
+    i = tl.arange(0, WIDTH)[:, None]
+    j = tl.arange(0, WIDTH)[None, :]
+    # Fours that reach into the upper half: accesses stay 16 bytes wide.
+    tl.store(partial_ptr + slot * (WIDTH * WIDTH) + i * WIDTH + j, moment, mask=(i // 4 <= j // 4) & (slot >= 0))
 
 
 @triton.jit
@@ -176,9 +176,9 @@ def _sum(x):
 
 
 @triton.jit
-def _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, mask, REGRESSION: tl.constexpr,
-               ALIGNED: tl.constexpr):  # fmt: skip
-    """``d`` of final coordinates, after their averages; the sums of B and |C| are written."""
+def _energy(u, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, mask, REGRESSION: tl.constexpr,
+            ALIGNED: tl.constexpr):  # fmt: skip
+    """``V`` of final coordinates, after their averages; the sums of B and |C| are written."""
     energy = _average(matrix_ptr + 1, offsets, u * u, tl.load(numbers_ptr + 1), mask, ALIGNED)
     if REGRESSION is not None:
         weight = tl.load(numbers_ptr + 2)
@@ -188,8 +188,7 @@ def _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, m
         tl.store(sums_ptr + 1, _sum(tl.abs(cross)))
         energy = _regressed(energy, disp_sq, cross, means_ptr, tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 12),
                             REGRESSION)  # fmt: skip
-    # sqrt_rn: tl.sqrt takes subnormal energies for zero.
-    return m / (tl.sqrt_rn(energy + m * m) + tl.load(numbers_ptr + 7))
+    return energy
 
 
 @triton.jit
@@ -206,25 +205,32 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
         return
     final = mask & (others == 0)
     others = mask & others
-    row, row_low = _factors(row_ptr, HEIGHT, ROWS, ROW_ALIGNED, ALONE)
-    column, column_low = _factors(column_ptr, WIDTH, COLUMNS, ALIGNED, ALONE)
-    param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, ALIGNED)
+    ahead_ptr = values_ptr + volume
+    disp_ptr = ahead_ptr + volume
     if LEAVES:
+        param_ptr = pointer(addresses_ptr + matrix * 2 + 1, PARAM, ALIGNED)
         mean_ptr = pointer(matrix_ptr, tl.float32, ALIGNED)
         mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
         grad_ptr = pointer(addresses_ptr + matrix * 2, GRAD, ALIGNED)
         u = _innovation(grad_ptr, param_ptr, numbers_ptr, mean, offsets, mask, DECAY)
         if STEP:
+            # What is turned later waits in scratch, which the cache has: registers are what programs lack.
             weight = tl.load(numbers_ptr)
             mean += weight * u
             tl.store(mean_ptr + offsets, mean, mask=mask)
             found = tl.max(tl.max(tl.where(mask & (mean == 0), 1, 0), axis=1), axis=0)
             tl.store(flags_ptr + tl.program_id(0), found)
-            m = mean + weight * (1.0 - weight) * u
+            tl.store(ahead_ptr + offsets, mean + weight * (1.0 - weight) * u, mask=mask)
+            if REGRESSION is not None:
+                param_avg_ptr = pointer(matrix_ptr + 2, tl.float32, ALIGNED)
+                param_avg = tl.load(param_avg_ptr + offsets, mask=mask, other=0.0)
+                s = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - param_avg
+                tl.store(param_avg_ptr + offsets, param_avg + weight * s, mask=mask)
+                tl.store(disp_ptr + offsets, s, mask=mask)
     else:
         u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-        if STEP:
-            m = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
+    row, row_low = _factors(row_ptr, HEIGHT, ROWS, ROW_ALIGNED, ALONE)
+    column, column_low = _factors(column_ptr, WIDTH, COLUMNS, ALIGNED, ALONE)
     if ROWS or COLUMNS:
         u, unit = scaled(u)
         if OBSERVE:
@@ -237,26 +243,23 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
         u = _turn(u, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
     tl.store(values_ptr + offsets, u, mask=others)
     if STEP:
-        if ROWS or COLUMNS:
-            m, unit = scaled(m)
-            m = _turn(m, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
         w = u
         if REGRESSION is not None:
-            if LEAVES:
-                param_avg_ptr = pointer(matrix_ptr + 2, tl.float32, ALIGNED)
-                param_avg = tl.load(param_avg_ptr + offsets, mask=mask, other=0.0)
-                w = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - param_avg
-                tl.store(param_avg_ptr + offsets, param_avg + tl.load(numbers_ptr) * w, mask=mask)
-            else:
-                w = tl.load(values_ptr + volume + volume + offsets, mask=mask, other=0.0)
+            w = tl.load(disp_ptr + offsets, mask=mask, other=0.0)
             if ROWS or COLUMNS:
                 w, unit = scaled(w)
                 w = _turn(w, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
-            tl.store(values_ptr + volume + volume + offsets, w, mask=others)
-        d = _direction(u, m, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2,
-                       sums_ptr + tl.load(program_ptr + 3).to(tl.int64) * 2, offsets, final, REGRESSION,
-                       ALIGNED)  # fmt: skip
-        tl.store(values_ptr + volume + offsets, tl.where(final, d, m), mask=mask)
+            tl.store(disp_ptr + offsets, w, mask=others)
+        sums_ptr += tl.load(program_ptr + 3).to(tl.int64) * 2
+        energy = _energy(u, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2, sums_ptr, offsets, final, REGRESSION,
+                         ALIGNED)  # fmt: skip
+        m = tl.load(ahead_ptr + offsets, mask=mask, other=0.0)
+        if ROWS or COLUMNS:
+            m, unit = scaled(m)
+            m = _turn(m, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
+        # sqrt_rn: tl.sqrt takes subnormal energies for zero.
+        d = m / (tl.sqrt_rn(energy + m * m) + tl.load(numbers_ptr + 7))
+        tl.store(ahead_ptr + offsets, tl.where(final, d, m), mask=mask)
 
 
 @triton.jit

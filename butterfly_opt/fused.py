@@ -108,8 +108,11 @@ async def take_steps_(pairs: Sequence[tuple[Stack, Tensor]]) -> None:
     """
     # Triton launches on the current GPU.
     with torch.cuda.device_of(pairs[0][1]):
-        for members in _lists([_member(*pair) for pair in pairs]):
-            _step_list_(members)
+        lists = _lists([_member(*pair) for pair in pairs])
+        counts = [sum(own.part.shape[0] for own in members) for members in lists]
+        numbers = _numbers([own for members in lists for own in members]).split(counts)
+        for members, own_numbers in zip(lists, numbers, strict=True):
+            _step_list_(members, own_numbers)
 
 
 def _member(stack: Stack, usable: Tensor) -> Member:
@@ -148,11 +151,11 @@ def _lists(members: Sequence[Member]) -> list[list[Member]]:
     return [members for lists in alike.values() for members in lists]
 
 
-def _step_list_(members: Sequence[Member]) -> None:
+def _step_list_(members: Sequence[Member], numbers: Tensor) -> None:
     for own in members:
         if own.stack.calls == 1:
             _start_(own)
-    operands = _operands(members)
+    operands = _operands(members, numbers)
     observed = {own.observed for own in members}
     if tables.BEFORE in observed:
         _forth_(operands._replace(values=operands.values[:1]), tables.BEFORE, is_step=False, observed=tables.BEFORE)
@@ -191,7 +194,7 @@ def _forth_(operands: tables.Operands, gate: int, *, is_step: bool, observed: in
             refit.observe_(operands, axis=axis, gate=observed)
 
 
-def _operands(members: Sequence[Member]) -> tables.Operands:
+def _operands(members: Sequence[Member], numbers: Tensor) -> tables.Operands:
     first, averages, known = members[0], members[0].stack.averages, _known(members)
     options, made, new = first.stack.options, known.tables, averages["exp_avg"].new_empty
     # A tensor on a GPU is not asked whether it is 0.
@@ -202,7 +205,7 @@ def _operands(members: Sequence[Member]) -> tables.Operands:
     return tables.Operands(
         tables=made,
         addresses=known.addresses,
-        numbers=_numbers(members),
+        numbers=numbers,
         # What kernels leave out is no change.
         values=values.zero_() if first.gathered else values,
         flags=new(len(made.levels[0].programs), dtype=torch.int32),
@@ -220,7 +223,7 @@ def _operands(members: Sequence[Member]) -> tables.Operands:
 
 
 def _numbers(members: Sequence[Member]) -> Tensor:
-    """``numbers`` of a list, see ``tables.NUMBERS``: by few operations, however many members."""
+    """``numbers`` of members, see ``tables.NUMBERS``: by few operations, however many they are."""
     n = Numbers(*(torch.cat(own).view(-1) for own in zip(*(own.stack.numbers for own in members), strict=True)))
     usable = torch.cat([own.stack.per_tensor(own.usable) for own in members]).view(-1).to(n.lr.dtype)
     weight, options = step.observation_weight(n), members[0].stack.options
@@ -232,7 +235,10 @@ def _numbers(members: Sequence[Member]) -> Tensor:
     )
     decay, decoupled = options["weight_decay"], options["decoupled_weight_decay"]
     keep, l2 = 1 - n.lr * (decay if decoupled else 0.0), zeros + (0.0 if decoupled else decay)
-    sign = zeros + (-1 if options["maximize"] and not members[0].gathered else 1)
+    # What torch gathered has its sign already.
+    sign = zeros + 1
+    if options["maximize"]:
+        sign = torch.cat([zero + (1 if member.gathered else -1) for member, _, zero in parts])
     columns = *n[:-1], usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1])
     return torch.stack(columns, dim=1).float()
 

@@ -164,7 +164,8 @@ def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
     from butterfly_opt.fused import kernels, refit, tables
 
     pairs = [(stack, stack.active) for stack in stacks]
-    lists = [fused._operands(own) for own in fused._lists([fused._member(*pair) for pair in pairs])]
+    members = fused._lists([fused._member(*pair) for pair in pairs])
+    lists = [fused._operands(own, fused._numbers(own)) for own in members]
     moved = {"": 0.0}
     for stack in stacks:
         counts = step_bytes(

@@ -56,7 +56,8 @@ def make_stack(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32
 def operands_of(stack: Stack, usable: Tensor) -> tables.Operands:
     stack.active = usable
     step.count_steps_([stack], [usable])
-    return fused._operands([fused._member(stack, usable)])
+    members = [fused._member(stack, usable)]
+    return fused._operands(members, fused._numbers(members))
 
 
 async def take_fused_step_(stack: Stack, usable: Tensor) -> None:
@@ -238,7 +239,7 @@ def test_tables_are_built_again_only_when_something_changes():
     assert operands.addresses.tolist() == [[x.data_ptr() + 4 * i for x in (owner.grad, owner)] for i in places]
     assert operands.tables.matrices[:, tables.MATRIX.index("position")].tolist() == places
     members = [fused._member(own, own.active) for own in (stack, batch)]
-    assert fused._operands(members).tables is not first.tables
+    assert fused._operands(members, fused._numbers(members)).tables is not first.tables
 
 
 @pytest.mark.parametrize("rows, columns", [(4096, 4096)])

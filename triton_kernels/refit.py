@@ -41,14 +41,15 @@ def _observe_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH
     entries = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     i = entries // WIDTH
     j = entries % WIDTH
+    # Of a partial moment the upper half is written, in fours.
+    upper = tl.max_constancy(i // 4 <= j // 4, [4])
     first = tl.load(groups_ptr + 2).to(tl.int64)
     count = tl.load(groups_ptr + 3)
     ahead = tl.zeros((AHEAD, SLICE), tl.float32)
     for start in range(0, count, AHEAD):
         number = start + tl.arange(0, AHEAD)[:, None]
         partial = (first + number) * (WIDTH * WIDTH) + entries[None, :]
-        # Of a partial moment the upper half is written, in fours.
-        mask = (number < count) & (i // 4 <= j // 4)[None, :]
+        mask = (number < count) & upper[None, :]
         ahead += tl.load(partial_ptr + partial, mask=mask, other=0.0)
     moment = tl.sum(ahead, axis=0)
     tile_ptr = tiles_ptr + tl.load(groups_ptr + 1) * _WIDE

@@ -57,7 +57,8 @@ class Member(NamedTuple):
         gathered: whether torch gathered them, and will write.
         rows: addresses of gradient and parameter of each matrix.
         aligned: see ``Part``; of these as well.
-        observed: BEFORE if its bases are refitted, WITHIN if their second moments alone change, else None.
+        observed: BEFORE if its bases are refitted (of captured steps, where that is due), WITHIN if their second moments
+            alone change, else None.
     """
 
     stack: Stack
@@ -161,7 +162,8 @@ def _step_list_(members: Sequence[Member], numbers: Tensor) -> None:
         _forth_(operands._replace(values=operands.values[:1]), tables.BEFORE, is_step=False, observed=tables.BEFORE)
         for axis in operands.tables.rotated:
             refit.refit_(operands, axis=axis, gate=tables.BEFORE, shift=SHIFT[torch.float32])
-    within = tables.WITHIN if tables.WITHIN in observed else None
+    capturable = members[0].stack.options["capturable"] and observed != {None}
+    within = tables.WITHIN if tables.WITHIN in observed or capturable else None
     _forth_(operands, tables.USABLE, is_step=True, observed=within)
     gathered, stochastic = members[0].gathered, members[0].stack.options["stochastic_rounding"]
     kernels.back_(operands, stochastic=stochastic, write=not gathered)
@@ -228,19 +230,27 @@ def _numbers(members: Sequence[Member]) -> Tensor:
     usable = torch.cat([own.stack.per_tensor(own.usable) for own in members]).view(-1).to(n.lr.dtype)
     weight, options = step.observation_weight(n), members[0].stack.options
     counts, zeros = [own.part.shape[0] for own in members], torch.zeros_like(n.lr)
-    parts = list(zip(members, weight.split(counts), zeros.split(counts), strict=True))
-    observed = (
-        torch.cat([own if member.observed == gate else zero for member, own, zero in parts])
-        for gate in (tables.BEFORE, tables.WITHIN)
-    )
+    parts = list(zip(members, weight.split(counts), n.step.split(counts), strict=True))
+    observed = map(torch.cat, zip(*(_observed(*part) for part in parts), strict=True))
     decay, decoupled = options["weight_decay"], options["decoupled_weight_decay"]
     keep, l2 = 1 - n.lr * (decay if decoupled else 0.0), zeros + (0.0 if decoupled else decay)
     # What torch gathered has its sign already.
     sign = zeros + 1
     if options["maximize"]:
-        sign = torch.cat([zero + (1 if member.gathered else -1) for member, _, zero in parts])
+        sign = torch.cat([torch.full_like(own, 1.0 if member.gathered else -1.0) for member, own, _ in parts])
     columns = *n[:-1], usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1])
     return torch.stack(columns, dim=1).float()
+
+
+def _observed(own: Member, weight: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight of the innovation in second moments taken before the step, for a refit, and within it."""
+    zero = torch.zeros_like(weight)
+    if own.observed is None:
+        return zero, zero
+    if own.stack.options["capturable"]:
+        due = own.stack.is_due(count)
+        return weight.where(due, 0.0), weight.where(~due, 0.0)
+    return (weight, zero) if own.observed == tables.BEFORE else (zero, weight)
 
 
 def _known(members: Sequence[Member]) -> Known:

@@ -53,8 +53,8 @@ class Butterfly(Optimizer):
         amsgrad: only False.
         maximize: ascend.
         foreach: accepted and ignored: many tensors are always stepped together.
-        capturable: make ``step`` safe to capture in a CUDA graph: nothing is read on the host, and every step is
-            alike, so each one refits the basis.
+        capturable: make ``step`` safe to capture in a CUDA graph: nothing is read on the host. Every step is alike:
+            the kernels of a refit return at once where none is due, torch computes it all the same.
         differentiable: only False.
         fused: False takes the torch path; None and True follow ``backend``.
         decoupled_weight_decay: AdamW's decay.

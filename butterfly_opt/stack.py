@@ -205,13 +205,19 @@ class Stack:
             state["calls"] += is_seen
 
     def refits(self) -> bool:
-        """Whether this step refits the bases. A captured step is always the same: it does."""
+        """Whether this step refits the bases; a captured one, always the same, does where ``is_due``."""
         calls, every = self.calls, self.options["refit_every"]
         if self.options["capturable"]:
             return True
         if calls <= REFIT_WARMUP:
             every = min(every, WARMUP_EVERY)
         return (calls + self.phase) % every == 0
+
+    def is_due(self, step: Tensor) -> Tensor:
+        """Where tensors whose steps are counted on the device are to be refitted, bool as ``step``."""
+        every = self.options["refit_every"]
+        early, late = ((step + self.phase) % n == 0 for n in (min(every, WARMUP_EVERY), every))
+        return torch.where(step <= REFIT_WARMUP, early, late)
 
     def is_current(self) -> bool:
         """Whether the states and the parameters are those that the stack was made of."""

@@ -113,6 +113,10 @@ async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> Non
     if not stack.calls:
         return
     refits, weight = stack.refits(), observation_weight(n)
+    refitted = None if stack.all_usable else stack.per_tensor(usable).view(-1)
+    if stack.options["capturable"]:
+        due = stack.is_due(n.step.view(-1))
+        refitted = due if refitted is None else refitted & due
     for dim, rotation in stack.rotations:
         values = y if dim == -2 else y.mT
         if stack.calls == 1:
@@ -120,7 +124,7 @@ async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> Non
             continue
         await settled(rotation.observe_(values, weight))
         if refits:
-            await settled(rotation.refit_(None if stack.all_usable else stack.per_tensor(usable).view(-1)))
+            await settled(rotation.refit_(refitted))
 
 
 def observation_weight(n: Numbers) -> Tensor:

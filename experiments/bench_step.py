@@ -49,13 +49,14 @@ Shapes = list[tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An optimizer to time: `steps` in a sample cover its rare work, `warmup` comes before."""
+    """An optimizer to time: `steps` in a sample cover its rare work, `warmup` comes before; `captured` as a graph."""
 
     name: str
     options: str
     build: Callable[[list[Tensor]], Optimizer]
     steps: int
     warmup: int
+    captured: bool = False
 
 
 def gpt2_shapes(*, vocabulary: int = 50304, context: int = 1024, width: int = 768, layers: int = 12) -> Shapes:
@@ -78,14 +79,14 @@ def resnet18_shapes() -> Shapes | None:
 
 def gpu_lists() -> Iterator[tuple[str, Shapes]]:
     """The parameter lists of real models."""
-    yield "matrix 4096x4096", [(4096, 4096)]
-    yield "embedding 50304x768", [(50304, 768)]
+    yield "GPT-2 124M", gpt2_shapes()
     resnet = resnet18_shapes()
     if resnet is None:
         note("torchvision is not installed: the rows of ResNet-18 are skipped")
     else:
         yield "ResNet-18", resnet
-    yield "GPT-2 124M", gpt2_shapes()
+    yield "matrix 4096x4096", [(4096, 4096)]
+    yield "embedding 50304x768", [(50304, 768)]
 
 
 def cpu_lists() -> Iterator[tuple[str, Shapes]]:
@@ -97,8 +98,8 @@ def cpu_lists() -> Iterator[tuple[str, Shapes]]:
     yield "embedding 50000x64", [(50000, 64)]
 
 
-def entries() -> Iterator[Entry]:
-    """The optimizers. A refit of Butterfly happens in every second of the first 100 steps, then every tenth."""
+def entries(device: torch.device) -> Iterator[Entry]:
+    """The optimizers, the slowest last. A refit of Butterfly happens in every second of the first 100 steps, then every tenth."""
     from butterfly_opt import Butterfly
 
     yield Entry("AdamW", "fused", lambda params: torch.optim.AdamW(params, fused=True), steps=10, warmup=10)
@@ -115,6 +116,10 @@ def entries() -> Iterator[Entry]:
             steps=REFIT_EVERY,
             warmup=REFIT_WARMUP,
         )
+    if device.type == "cuda":
+        for diagonal in ("innovation", "secant"):
+            build = functools.partial(Butterfly, diagonal=diagonal, capturable=True)
+            yield Entry("Butterfly", f"diagonal={diagonal}, a CUDA graph", build, REFIT_EVERY, REFIT_WARMUP, True)
     if importlib.util.find_spec("pytorch_optimizer") is None:
         note("pytorch_optimizer is not installed: the rows of SOAP and Kron are skipped")
         return
@@ -149,9 +154,18 @@ def time_entry(entry: Entry, shapes: Shapes, device: torch.device, *, millisecon
                 param.grad = grad
             optimizer.step()
 
+    def replay(steps: int) -> None:
+        for _ in range(steps):
+            graph.replay()
+
     advance(entry.warmup)
-    timing = measure(lambda: advance(entry.steps), device, milliseconds=milliseconds, calls=entry.steps)
-    return timing, state_bytes([optimizer])
+    if entry.captured:
+        graph = torch.cuda.CUDAGraph()
+        # The gradients of the last step stay where they are.
+        with torch.cuda.graph(graph):
+            optimizer.step()
+    run = functools.partial(replay if entry.captured else advance, entry.steps)
+    return measure(run, device, milliseconds=milliseconds, calls=entry.steps), state_bytes([optimizer])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,10 +181,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(arguments.output.open("w", newline="")) if arguments.output else sys.stdout
         writer = RowWriter(file, COLUMNS, environment(device))
-        all_entries = list(entries())
-        for label, shapes in gpu_lists() if gpu else cpu_lists():
-            elements = sum(torch.Size(shape).numel() for shape in shapes)
-            for entry in all_entries:
+        lists = list(gpu_lists() if gpu else cpu_lists())
+        for entry in entries(device):
+            for label, shapes in lists:
+                elements = sum(torch.Size(shape).numel() for shape in shapes)
                 try:
                     timing, held = time_entry(entry, shapes, device, milliseconds=milliseconds)
                 except torch.OutOfMemoryError:

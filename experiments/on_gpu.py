@@ -47,12 +47,13 @@ class Ended:
 def parts(out: Path) -> list[Part]:
     """What is run, in order."""
     tests = ("test_kernels_rotate", "test_kernels_refit", "test_kernels_step", "test_backends", "test_contract_device")
+    pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-n", "8")
     gpt = [f"tasks.gpt_10m.steps={GPT_STEPS}", "seeds=[0]", "lr_grid.points=1", "lr_grid.max_points=1"]
     gpt += ["fractions=[1.0]", "robust=[]", "baselines=[adam_99]"]
     chosen = [word for name in ("adam_99", "butterfly", "soap") for word in ("--optimizer", name)]
     suite = ("-m", "experiments.compare", "--suite", "configs/suites/full.yaml", "--task", "gpt_10m", *chosen)
     return [
-        Part("tests", ("-m", "pytest", "-p", "no:cacheprovider", *(f"tests/{name}.py" for name in tests)), 150),
+        Part("tests", (*pytest, *(f"tests/{name}.py" for name in tests)), 150),
         Part("kernels", ("-m", "experiments.bench_kernels", "--output", str(out / "kernels.csv")), 120),
         Part("steps", ("-m", "experiments.bench_step", "--output", str(out / "steps.csv")), 180),
         Part("gpt", (*suite, "--out", str(out / "gpt"), *gpt), 90),

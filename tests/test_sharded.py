@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,11 @@ from butterfly_opt import Butterfly
 from butterfly_opt.plan import make_plan
 from butterfly_opt.sharding import heads, inner_plan, row_numbers, share_bounds
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    # Minutes of work, which one of pytest's workers does, once.
+    pytest.mark.xdist_group("sharded"),
+]
 
 SAME_PLAN_TOLERANCE = 1e-9
 """In float64: sums are taken in another order."""
@@ -29,19 +32,8 @@ SAME_PLAN_TOLERANCE = 1e-9
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four, two, one and again four processes found; each loads what the one before has saved."""
-    base = tmp_path_factory.getbasetemp()
-    # Minutes of work: the first of pytest's workers does it, the others wait for what it finds.
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sharded"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        while not (folder / "ended").exists():
-            time.sleep(0.2)
-    else:
-        try:
-            run_processes(folder)
-        finally:
-            (folder / "ended").touch()
+    folder = tmp_path_factory.mktemp("sharded")
+    run_processes(folder)
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("4", "2", "1", "4 again")}
 
 

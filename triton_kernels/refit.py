@@ -42,16 +42,15 @@ def _observe_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH
     i = entries // WIDTH
     j = entries % WIDTH
     # Of a partial moment the upper half is written, in fours.
-    upper = tl.max_constancy(i // 4 <= j // 4, [4])
+    upper = i // 4 <= j // 4
     first = tl.load(groups_ptr + 2).to(tl.int64)
     count = tl.load(groups_ptr + 3)
-    ahead = tl.zeros((AHEAD, SLICE), tl.float32)
+    moment = tl.zeros((SLICE,), tl.float32)
     for start in range(0, count, AHEAD):
         number = start + tl.arange(0, AHEAD)[:, None]
         partial = (first + number) * (WIDTH * WIDTH) + entries[None, :]
         mask = (number < count) & upper[None, :]
-        ahead += tl.load(partial_ptr + partial, mask=mask, other=0.0)
-    moment = tl.sum(ahead, axis=0)
+        moment += tl.sum(tl.load(partial_ptr + partial, mask=mask, other=0.0), axis=0)
     tile_ptr = tiles_ptr + tl.load(groups_ptr + 1) * _WIDE
     offsets, inside = block_offsets(tile_ptr, i, j, False, ALONE)
     moments_ptr = pointer(tile_ptr + 3, tl.float32, False)
@@ -182,5 +181,5 @@ def refit_(operands: Operands, *, axis: int, gate: int, shift: float) -> None:
             _refit_kernel[(groups,)](
                 tables.tiles, level.groups[axis], operands.numbers, changes, operands.partials[axis], gate, max(lead, 1),
                 shift, WIDTH=width, ALONE=tables.parts[0].alone, TRANSPORT=number > 0 and lead > 0, CHANGE=lead > 0,
-                num_warps=max(1, width // 32),
+                num_warps=width // 16,
             )  # fmt: skip

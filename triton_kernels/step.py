@@ -34,7 +34,7 @@ the next level (``experiments.bench_kernels.step_bytes`` counts them from the pl
     moments           halves, written and read 6              the same
     back, later       d, d' 8                                 the same
     back, leaves      d, theta, theta' 12                     the same
-    together          TOGETHER
+    together          62                                      95
 """
 
 from typing import Any
@@ -337,6 +337,11 @@ def _back_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
             tl.store(values_ptr + offsets, change, mask=mask)
 
 
+MAX_REGISTERS = {"forth": 168, "back": 128}
+"""Registers of a lane, so that three and four programs fit a multiprocessor: of GPT-2 on an H200 2.7 and 0.79 ms, as
+many as the compiler likes take 3.0 and 0.89. Secant's way forth spills below 255: 6.2 ms, with 168 8.1."""
+
+
 def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
     """Averages of gradients and parameters, and their changes rotated; averages and directions in the basis.
 
@@ -350,8 +355,8 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
     """
     for level in range(len(operands.tables.levels)):
         _launch(
-            _forth_kernel, operands, level, operands.addresses, operands.flags, operands.means, operands.sums,
-            *operands.partials, gate, STEP=step, OBSERVE=observe, DECAY=operands.decays,
+            _forth_kernel, operands, level, None if operands.regression else "forth", operands.addresses,
+            operands.flags, operands.means, operands.sums, *operands.partials, gate, STEP=step, OBSERVE=observe, DECAY=operands.decays,
             GRAD=_dtype(operands, "gradients"), PARAM=_dtype(operands, "parameters"), REGRESSION=operands.regression,
         )  # fmt: skip
     if step and operands.regression:
@@ -370,20 +375,24 @@ def back_(operands: Operands, *, stochastic: bool, write: bool) -> None:
     """
     for level in reversed(range(len(operands.tables.levels))):
         _launch(
-            _back_kernel, operands, level, operands.addresses, operands.flags, WRITE=write, STOCHASTIC=stochastic,
+            _back_kernel, operands, level, "back", operands.addresses, operands.flags, WRITE=write, STOCHASTIC=stochastic,
             PARAM=_dtype(operands, "parameters"),
         )  # fmt: skip
 
 
-def _launch(kernel: Any, operands: Operands, level: int, *own: Tensor | int, **constants: Any) -> None:
+def _launch(
+    kernel: Any, operands: Operands, level: int, limit: str | None, *own: Tensor | int, **constants: Any
+) -> None:
     """A program for each tile of a level: 32 elements a lane, at most 4 warps."""
     tables = operands.tables
     programs, (height, width), aligned = tables.levels[level].programs, (a.width for a in tables.axes), operands.aligned
+    if limit and torch.version.hip is None:
+        constants["maxnreg"] = MAX_REGISTERS[limit]
     kernel[(len(programs),)](
         tables.matrices, tables.tiles, programs, operands.numbers, operands.values, tables.volume, *own,
         LEAVES=level == 0, HEIGHT=height, WIDTH=width, ROW_ALIGNED=aligned[0], ALIGNED=aligned[1],
         ALONE=tables.parts[0].alone, ROWS=0 in tables.rotated, COLUMNS=1 in tables.rotated,
-        num_warps=1 << max(0, min(2, (height * width // 1024).bit_length())), **constants,
+        num_warps=1 << min(2, (height * width // 1024).bit_length()), **constants,
     )  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def make_stage(
         aligned = aligned and bool((runs_of[:, 0] % ALIGNMENT == 0).all())
         coordinates = to_device(coordinates.int(), device or coordinates.device)
     aligned = aligned and bool((cut[:, [0, 1, 3, 5]] % ALIGNMENT == 0).all())
-    alone = all(2 * size > width for _, size in runs)
+    alone = all(count == 1 or 2 * size > width for count, size in runs)
     return Stage(cut, sum(count for count, _ in runs), coordinates, aligned, alone)
 
 

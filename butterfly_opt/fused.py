@@ -57,8 +57,8 @@ class Member(NamedTuple):
         gathered: whether torch gathered them, and will write.
         rows: addresses of gradient and parameter of each matrix.
         aligned: see ``Part``; of these as well.
-        observed: BEFORE if its bases are refitted (of captured steps, where that is due), WITHIN if their second moments
-            alone change, else None.
+        observed: BEFORE if its bases are refitted (in a captured step, where that is due), WITHIN if their second
+            moments alone change, else None.
     """
 
     stack: Stack

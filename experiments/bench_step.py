@@ -99,7 +99,10 @@ def cpu_lists() -> Iterator[tuple[str, Shapes]]:
 
 
 def entries(device: torch.device) -> Iterator[Entry]:
-    """The optimizers, the slowest last. A refit of Butterfly happens in every second of the first 100 steps, then every tenth."""
+    """The optimizers, the slowest last.
+
+    A refit of Butterfly happens in every second of the first 100 steps, then every tenth.
+    """
     from butterfly_opt import Butterfly
 
     yield Entry("AdamW", "fused", lambda params: torch.optim.AdamW(params, fused=True), steps=10, warmup=10)

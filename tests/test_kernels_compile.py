@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-KERNELS = {"_forth_kernel", "_rest_kernel", "_means_kernel", "_back_kernel", "_stage_kernel", "_average_kernel",
-           "_refit_kernel"}  # fmt: skip
+KERNELS = {"_forth_kernel", "_means_kernel", "_back_kernel", "_observe_kernel", "_refit_kernel"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")

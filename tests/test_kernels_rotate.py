@@ -1,4 +1,6 @@
-"""Tests of the rotations of triton_kernels/step.py, of tables.py and tiles.py. Oracle: ``butterfly_opt.rotation.Rotation`` in float64.
+"""Tests of the rotations of triton_kernels/step.py, of tables.py and tiles.py.
+
+Oracle: ``butterfly_opt.rotation.Rotation`` in float64.
 
 Without a GPU the kernels run in Triton's interpreter. BUTTERFLY_ALL_LENGTHS=1 adds the lengths that take it minutes.
 """

@@ -93,7 +93,9 @@ def test_write_rounds_once_and_decays(shape, dtype):
     kernels.back_(operands, stochastic=False, write=True)
     after = stack.layouts[0].owner
     # A fused multiply-add rounds once where two operations round twice.
-    torch.testing.assert_close(after, (before.float() * 0.75 + change).to(dtype), rtol=0, atol=3e-7 if dtype == torch.float32 else 0)
+    torch.testing.assert_close(
+        after, (before.float() * 0.75 + change).to(dtype), rtol=0, atol=3e-7 if dtype == torch.float32 else 0
+    )
     exact = before.double() * 0.75 + change.double()
     assert (after.double() - exact).abs().max() <= ROUNDING[dtype] * exact.abs().max()
 

@@ -179,7 +179,7 @@ def refit_(operands: Operands, *, axis: int, gate: int, shift: float) -> None:
     for number, level in enumerate(tables.levels):
         if groups := len(level.groups[axis]):
             _refit_kernel[(groups,)](
-                tables.tiles, level.groups[axis], operands.numbers, changes, operands.partials[axis], gate, max(lead, 1),
-                shift, WIDTH=width, ALONE=tables.parts[0].alone, TRANSPORT=number > 0 and lead > 0, CHANGE=lead > 0,
-                num_warps=width // 16,
+                tables.tiles, level.groups[axis], operands.numbers, changes, operands.partials[axis], gate,
+                max(lead, 1), shift, WIDTH=width, ALONE=tables.parts[0].alone, TRANSPORT=number > 0 and lead > 0,
+                CHANGE=lead > 0, num_warps=width // 16,
             )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Formulas, in the names of ``butterfly_opt.step``, for a tile of the rows and one of the columns:
 
-    forth   of the leaves   y = g - gbar,  gbar <- gbar + a y;   secant: s = theta - thetabar,  thetabar <- thetabar + a s
+    forth   of the leaves   y = g - gbar,  gbar <- gbar + a y;    secant: s = theta - thetabar,  thetabar += a s
                             u, m, w = y, gbar + a (1 - a) y, s;    flag = any(gbar = 0)
             every level     partial second moments u u^T and u^T u, of the rows and of the columns
                             u, m, w <- B_r^T (u, m, w) B_c
@@ -84,7 +84,7 @@ def _find_tile(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, L
 
 
 @triton.jit
-def _factors(tile_ptr, WIDTH: tl.constexpr, TURNS: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr):
+def _factor(tile_ptr, WIDTH: tl.constexpr, TURNS: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr):
     """The matrix of a tile, as halves."""
     high = 0.0
     low = 0.0
@@ -99,16 +99,16 @@ def _turn(x, row, row_low, column, column_low, ROWS: tl.constexpr, COLUMNS: tl.c
     # Rows first: a product's result is the left factor of the next without leaving the registers.
     if ROWS:
         high, low = halves(x)
-        if BACK:
-            x = product(row, row_low, high, low)
-        else:
-            x = product(tl.trans(row), tl.trans(row_low), high, low)
+        if not BACK:
+            row = tl.trans(row)
+            row_low = tl.trans(row_low)
+        x = product(row, row_low, high, low)
     if COLUMNS:
         high, low = halves(x)
         if BACK:
-            x = product(high, low, tl.trans(column), tl.trans(column_low))
-        else:
-            x = product(high, low, column, column_low)
+            column = tl.trans(column)
+            column_low = tl.trans(column_low)
+        x = product(high, low, column, column_low)
     return x
 
 
@@ -229,8 +229,8 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
                 tl.store(disp_ptr + offsets, s, mask=mask)
     else:
         u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-    row, row_low = _factors(row_ptr, HEIGHT, ROWS, ROW_ALIGNED, ALONE)
-    column, column_low = _factors(column_ptr, WIDTH, COLUMNS, ALIGNED, ALONE)
+    row, row_low = _factor(row_ptr, HEIGHT, ROWS, ROW_ALIGNED, ALONE)
+    column, column_low = _factor(column_ptr, WIDTH, COLUMNS, ALIGNED, ALONE)
     if ROWS or COLUMNS:
         u, unit = scaled(u)
         if OBSERVE:
@@ -316,8 +316,8 @@ def _back_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
         return
     d = tl.load(values_ptr + volume + offsets, mask=mask, other=0.0)
     if ROWS or COLUMNS:
-        row, row_low = _factors(row_ptr, HEIGHT, ROWS, ROW_ALIGNED, ALONE)
-        column, column_low = _factors(column_ptr, WIDTH, COLUMNS, ALIGNED, ALONE)
+        row, row_low = _factor(row_ptr, HEIGHT, ROWS, ROW_ALIGNED, ALONE)
+        column, column_low = _factor(column_ptr, WIDTH, COLUMNS, ALIGNED, ALONE)
         d, unit = scaled(d)
         d = _turn(d, row, row_low, column, column_low, ROWS, COLUMNS, True) * unit
     if not LEAVES:
@@ -356,8 +356,9 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
     for level in range(len(operands.tables.levels)):
         _launch(
             _forth_kernel, operands, level, None if operands.regression else "forth", operands.addresses,
-            operands.flags, operands.means, operands.sums, *operands.partials, gate, STEP=step, OBSERVE=observe, DECAY=operands.decays,
-            GRAD=_dtype(operands, "gradients"), PARAM=_dtype(operands, "parameters"), REGRESSION=operands.regression,
+            operands.flags, operands.means, operands.sums, *operands.partials, gate, STEP=step, OBSERVE=observe,
+            DECAY=operands.decays, GRAD=_dtype(operands, "gradients"), PARAM=_dtype(operands, "parameters"),
+            REGRESSION=operands.regression,
         )  # fmt: skip
     if step and operands.regression:
         _means_kernel[(len(operands.means),)](
@@ -375,8 +376,8 @@ def back_(operands: Operands, *, stochastic: bool, write: bool) -> None:
     """
     for level in reversed(range(len(operands.tables.levels))):
         _launch(
-            _back_kernel, operands, level, "back", operands.addresses, operands.flags, WRITE=write, STOCHASTIC=stochastic,
-            PARAM=_dtype(operands, "parameters"),
+            _back_kernel, operands, level, "back", operands.addresses, operands.flags, WRITE=write,
+            STOCHASTIC=stochastic, PARAM=_dtype(operands, "parameters"),
         )  # fmt: skip
 
 

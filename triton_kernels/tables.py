@@ -100,7 +100,7 @@ class Part(NamedTuple):
 
 
 class Level(NamedTuple):
-    """What a launch does: its programs, and of rows and columns the tiles that it rotates."""
+    """What a launch does: its programs, and of rows and columns the groups of tiles that it rotates."""
 
     programs: Tensor
     groups: list[Tensor]
@@ -183,28 +183,41 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
     for part in parts:
         tiles.check(part.averages)
     rows, numbers, changes = _tile_rows(parts)
-    matrices = torch.arange(sum(part.shape[0] for part in parts)).split([part.shape[0] for part in parts])
-    found: list[Tensor] = []
-    for level in range(max(len(own) for own in numbers)):
-        pairs = []
-        for matrix, own in zip(matrices, numbers, strict=True):
-            if level < len(own):
-                (row, row_turns), (column, column_turns) = own[level]
-                i, j = (row_turns[:, None] | column_turns).nonzero(as_tuple=True)
-                pairs.append(torch.stack([matrix[:, None].expand(-1, len(i)), row[:, i], column[:, j]], dim=-1))
-        found.append(torch.cat([pair.flatten(0, 1) for pair in pairs]))
-    order, of_all = torch.cat(found)[:, 0].argsort(stable=True), sum(map(len, found))
-    places = torch.empty_like(order).index_copy_(0, order, torch.arange(of_all)).split([len(own) for own in found])
-    counts = torch.cat(found)[:, 0].bincount()
+    counts = [part.shape[0] for part in parts]
+    matrices = torch.arange(sum(counts)).split(counts)
+    programs = [
+        torch.cat([_pairs(matrix, *own[i]) for matrix, own in zip(matrices, numbers, strict=True) if i < len(own)])
+        for i in range(max(map(len, numbers)))
+    ]
+    # Sums of a matrix lie side by side, whatever the level of their programs.
+    of_all = torch.cat(programs)[:, 0]
+    places = torch.empty_like(of_all).index_copy_(0, of_all.argsort(stable=True), torch.arange(len(of_all)))
+    sums = of_all.bincount()
     levels, partials = [], [0, 0]
-    for own, place in zip(found, places, strict=True):
-        slots, groups = zip(*(_slots(own, axis, rows, partials) for axis in (0, 1)), strict=True)
-        programs = torch.cat([own, torch.stack([place, *slots], dim=1)], dim=1)
-        levels.append(Level(tiles.to_device(programs.int(), device), [tiles.to_device(x, device) for x in groups]))
-    of_matrices = torch.cat([_matrix_rows(parts), torch.stack([counts.cumsum(0) - counts, counts], dim=1)], dim=1)
-    on_device = (tiles.to_device(x, device) for x in (of_matrices, rows))
-    groups = [torch.cat([level.groups[axis] for level in levels]) for axis in (0, 1)]
-    return Tables(parts, *on_device, levels, groups, partials, of_all, changes, sum(part.numel for part in parts))
+    for own, place in zip(programs, places.split(list(map(len, programs))), strict=True):
+        (row_slots, row_groups), (column_slots, column_groups) = (_slots(own, i, rows, partials) for i in (0, 1))
+        own = torch.cat([own, torch.stack([place, row_slots, column_slots], dim=1)], dim=1).int()
+        on_device = [tiles.to_device(x, device) for x in (own, row_groups, column_groups)]
+        levels.append(Level(on_device[0], on_device[1:]))
+    of_matrices = torch.cat([_matrix_rows(parts), torch.stack([sums.cumsum(0) - sums, sums], dim=1)], dim=1)
+    return Tables(
+        parts=parts,
+        matrices=tiles.to_device(of_matrices, device),
+        tiles=tiles.to_device(rows, device),
+        levels=levels,
+        groups=[torch.cat([level.groups[axis] for level in levels]) for axis in (0, 1)],
+        partials=partials,
+        programs=len(of_all),
+        changes=changes,
+        volume=sum(part.numel for part in parts),
+    )
+
+
+def _pairs(matrix: Tensor, rows: "Tiles", columns: "Tiles") -> Tensor:
+    """Matrix, tile of the rows and tile of the columns of each program of a part in a level, ``(programs, 3)``."""
+    i, j = (rows.visited[:, None] | columns.visited).nonzero(as_tuple=True)
+    own = matrix[:, None].expand(-1, len(i)), rows.numbers[:, i], columns.numbers[:, j]
+    return torch.stack(own, dim=-1).flatten(0, 1)
 
 
 def _slots(programs: Tensor, axis: int, rows: Tensor, partials: list[int]) -> tuple[Tensor, Tensor]:
@@ -237,8 +250,11 @@ def _matrix_rows(parts: Sequence[Part]) -> Tensor:
     return torch.tensor(rows)
 
 
-Tiles = tuple[Tensor, Tensor]
-"""The numbers ``(count, tiles)`` of the tiles of a stage, and whether a level turns what is in them ``(tiles,)``."""
+class Tiles(NamedTuple):
+    """Tiles of a part in a stage: their numbers ``(count, tiles)``, and which a level has to visit, ``(tiles,)``."""
+
+    numbers: Tensor
+    visited: Tensor
 
 
 def _tile_rows(parts: Sequence[Part]) -> tuple[Tensor, list[list[tuple[Tiles, Tiles]]], int]:
@@ -253,7 +269,7 @@ def _tile_rows(parts: Sequence[Part]) -> tuple[Tensor, list[list[tuple[Tiles, Ti
             below: Tensor | int = 0
             for level in part.levels():
                 stage = level[i]
-                start, length, offset, size, group, lead, turns = stage.tiles.unbind(1)
+                start, length, offset, size, group, lead, visited = stage.tiles.unbind(1)
                 matrix, moment = (
                     torch.tensor(0) if x is None
                     else torch.where(offset < 0, 0, x.data_ptr() + 4 * (own * x.shape[1] + offset))
@@ -264,7 +280,7 @@ def _tile_rows(parts: Sequence[Part]) -> tuple[Tensor, list[list[tuple[Tiles, Ti
                 columns = (start, length, matrix, moment, size, lead, change + group * axis.lead**2,
                            below + start * axis.lead, index)  # fmt: skip
                 rows.append(torch.stack([x.expand(len(own), len(start)) for x in columns], dim=-1).flatten(0, 1))
-                known[i].append((total + torch.arange(len(rows[-1])).view(len(own), -1), turns > 0))
+                known[i].append(Tiles(total + torch.arange(len(rows[-1])).view(len(own), -1), visited > 0))
                 total, changes, below = total + len(rows[-1]), changes + len(own) * stage.groups * axis.lead**2, change
         numbers.append(list(zip(*known, strict=True)))
     return torch.cat(rows), numbers, changes

@@ -11,7 +11,6 @@ is lost is 2^-22 of an entry, or 2^-36 of the largest of the tile. Three product
 shared memory (and AMD has none); ``ieee`` has no tensor cores.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -118,7 +118,7 @@ async def take_steps_(pairs: Sequence[tuple[Stack, Tensor]]) -> None:
 
 def _member(stack: Stack, usable: Tensor) -> Member:
     part = _PARTS.get(stack) or _PARTS.setdefault(stack, _part(stack))
-    parameters: Sequence[Tensor] = [layout.owner.detach() for layout in stack.layouts]
+    parameters: Sequence[Tensor] = [layout.owner for layout in stack.layouts]
     gradients: Sequence[Tensor] = [layout.owner.grad for layout in stack.layouts if layout.owner.grad is not None]
     plain = len(gradients) == len(stack.layouts) and all(len(layout.params) == 1 for layout in stack.layouts)
     plain = plain and len({grad.dtype for grad in gradients}) == 1
@@ -230,26 +230,25 @@ def _numbers(members: Sequence[Member]) -> Tensor:
     usable = torch.cat([own.stack.per_tensor(own.usable) for own in members]).view(-1).to(n.lr.dtype)
     weight, options = step.observation_weight(n), members[0].stack.options
     counts, zeros = [own.part.shape[0] for own in members], torch.zeros_like(n.lr)
-    parts = list(zip(members, weight.split(counts), n.step.split(counts), strict=True))
+    parts = list(zip(members, *(x.split(counts) for x in (weight, zeros, n.step)), strict=True))
     observed = map(torch.cat, zip(*(_observed(*part) for part in parts), strict=True))
     decay, decoupled = options["weight_decay"], options["decoupled_weight_decay"]
     keep, l2 = 1 - n.lr * (decay if decoupled else 0.0), zeros + (0.0 if decoupled else decay)
     # What torch gathered has its sign already.
     sign = zeros + 1
     if options["maximize"]:
-        sign = torch.cat([torch.full_like(own, 1.0 if member.gathered else -1.0) for member, own, _ in parts])
+        sign = torch.cat([zero + (1 if member.gathered else -1) for member, _, zero, _ in parts])
     columns = *n[:-1], usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1])
     return torch.stack(columns, dim=1).float()
 
 
-def _observed(own: Member, weight: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight of the innovation in second moments taken before the step, for a refit, and within it."""
-    zero = torch.zeros_like(weight)
+def _observed(own: Member, weight: Tensor, zero: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the innovation in second moments that are taken before the step, for a refit, and within it."""
     if own.observed is None:
         return zero, zero
     if own.stack.options["capturable"]:
         due = own.stack.is_due(count)
-        return weight.where(due, 0.0), weight.where(~due, 0.0)
+        return weight.where(due, zero), weight.where(~due, zero)
     return (weight, zero) if own.observed == tables.BEFORE else (zero, weight)
 
 

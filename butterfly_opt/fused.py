@@ -228,9 +228,8 @@ def _numbers(members: Sequence[Member]) -> Tensor:
     """``numbers`` of members, see ``tables.NUMBERS``: by few operations, however many they are."""
     n = Numbers(*(torch.cat(own).view(-1) for own in zip(*(own.stack.numbers for own in members), strict=True)))
     usable = torch.cat([own.stack.per_tensor(own.usable) for own in members]).view(-1).to(n.lr.dtype)
-    weight, options = step.observation_weight(n), members[0].stack.options
-    counts, zeros = [own.part.shape[0] for own in members], torch.zeros_like(n.lr)
-    parts = list(zip(members, *(x.split(counts) for x in (weight, zeros, n.step)), strict=True))
+    counts, zeros, options = [own.part.shape[0] for own in members], torch.zeros_like(n.lr), members[0].stack.options
+    parts = list(zip(members, *(x.split(counts) for x in (n.moment, zeros, n.step)), strict=True))
     observed = map(torch.cat, zip(*(_observed(*part) for part in parts), strict=True))
     decay, decoupled = options["weight_decay"], options["decoupled_weight_decay"]
     keep, l2 = 1 - n.lr * (decay if decoupled else 0.0), zeros + (0.0 if decoupled else decay)
@@ -238,7 +237,7 @@ def _numbers(members: Sequence[Member]) -> Tensor:
     sign = zeros + 1
     if options["maximize"]:
         sign = torch.cat([zero + (1 if member.gathered else -1) for member, _, zero, _ in parts])
-    columns = *n[:-1], usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1])
+    columns = *n[:5], usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1])
     return torch.stack(columns, dim=1).float()
 
 

@@ -366,7 +366,9 @@ class Butterfly(Optimizer):
         has_data = type(usable) is Tensor and usable.device.type != "meta"
         raises = has_data and stacks[0].options["on_nonfinite"] == "raise"
         # Asked of the CPU, or where the user wants it: of a GPU it waits. There ``diagnostics`` warns.
-        if (raises or stacks[0].is_readable) and not usable.all():
+        asks = raises or stacks[0].is_readable
+        all_usable = asks and bool(usable.all())
+        if asks and not all_usable:
             if raises:
                 raise FloatingPointError(
                     f"non-finite gradient (largest entry {largest[~usable][0].item()}) of the tensor of shape "
@@ -377,10 +379,10 @@ class Butterfly(Optimizer):
                 self._warn_of_skips(int((~usable).sum()))
         sizes = [len(stack.layouts) for stack in stacks]
         gates = list(usable.split(sizes))
-        for stack, gate, own in zip(stacks, gates, largest.split(sizes), strict=True):
-            stack.largest = own
-            stack.active = gate & ((own > 0) | (stack.counters["step"] > 0))
-            stack.all_usable = stack.is_readable and bool(gate.all())
+        active = usable & ((largest > 0) | (torch.cat([stack.counters["step"] for stack in stacks]) > 0))
+        for stack, gate, *own in zip(stacks, gates, largest.split(sizes), active.split(sizes), strict=True):
+            stack.largest, stack.active = own
+            stack.all_usable = stack.is_readable and (all_usable or bool(gate.all()))
         return gates
 
     def _warn_of_skips(self, skips: int) -> None:

@@ -163,7 +163,10 @@ class Rotation:
 
         Cost: that of a rotation, and as much again for the products.
         """
-        self.take_moments_(self.second_moments(values), weight)
+        weight = weight.view(-1, 1, 1, 1) if isinstance(weight, Tensor) else weight
+        for moments, _, entering in self._entering(values):
+            for moment, v in zip(moments, entering, strict=True):
+                moment.lerp_(v @ v.mT, weight)
 
     def second_moments(self, values: Tensor) -> Tensor:
         """``v v^T`` of every group, ``(count, plan.numel)``, of ``values`` as ``observe_`` takes them."""

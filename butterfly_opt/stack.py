@@ -120,6 +120,8 @@ class Numbers(NamedTuple):
         step: steps so far, including this one.
         lr: learning rate.
         floor: added to the denominator, see ``step.floor``.
+        moment: weight of this innovation in the second moments that the bases are fitted to: of a bias-corrected
+            average at first, then of an exponential one.
     """
 
     mean: Tensor
@@ -128,6 +130,7 @@ class Numbers(NamedTuple):
     step: Tensor
     lr: Tensor
     floor: Tensor
+    moment: Tensor
 
 
 class Stack:

@@ -97,11 +97,13 @@ def count_steps_(stacks: Sequence[Stack], usable: Sequence[Tensor]) -> None:
         # The first weight is 1 only up to rounding: above it, an average could get negative.
         return taken * ((1 - beta) / (1 - beta**count)).clamp_max(1.0)
 
+    is_double = any(stack.layouts[0].dtype == torch.float64 for stack in stacks)
+    moment = weight(MOMENT_BETA, t if is_double else t.float())
     largest = torch.where(finite, torch.cat([stack.largest for stack in stacks]), 0.0)
     floors = floor(options["eps"], largest, stacks[0].layouts[0].dtype)
     rows = (
         weight(beta1, t_mean), weight(beta2, t), weight(beta2, (t - 1).clamp_min(1)), t, finite.double() * lr,
-        floors.double(),
+        floors.double(), moment,
     )  # fmt: skip
     for stack, own in zip(stacks, torch.stack(rows).split(sizes, dim=1), strict=True):
         columns = own.to(stack.layouts[0].dtype).repeat_interleave(stack.shape[0], dim=1)
@@ -112,7 +114,7 @@ async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> Non
     """Takes the innovations into the second moments of each axis, and refits its rotation where that is due."""
     if not stack.calls:
         return
-    refits, weight = stack.refits(), observation_weight(n)
+    refits, weight = stack.refits(), n.moment.view(-1)
     refitted = None if stack.all_usable else stack.per_tensor(usable).view(-1)
     if stack.options["capturable"]:
         due = stack.is_due(n.step.view(-1))
@@ -125,16 +127,6 @@ async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> Non
         await settled(rotation.observe_(values, weight))
         if refits:
             await settled(rotation.refit_(refitted))
-
-
-def observation_weight(n: Numbers) -> Tensor:
-    """Weight of an innovation in the second moments of the bases, ``(count,)``.
-
-    A bias-corrected average at first, then an exponential one; 0 where the step is skipped.
-    """
-    # The first weight is 1 only up to rounding, and a tensor that never stepped has none.
-    weight = (1 - MOMENT_BETA) / (1 - MOMENT_BETA ** n.step.view(-1))
-    return weight.clamp_max(1.0) * (n.mean.view(-1) > 0)
 
 
 def floor(eps: float | Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:

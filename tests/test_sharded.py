@@ -19,11 +19,7 @@ from butterfly_opt import Butterfly
 from butterfly_opt.plan import make_plan
 from butterfly_opt.sharding import heads, inner_plan, row_numbers, share_bounds
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
-    # Minutes of work, which one of pytest's workers does, once.
-    pytest.mark.xdist_group("sharded"),
-]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 SAME_PLAN_TOLERANCE = 1e-9
 """In float64: sums are taken in another order."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from experiments.bench_step import gpt2_shapes, resnet18_shapes
 from experiments.benchmarking import RowWriter, copy_bandwidth, environment, measure, note, parse_arguments
 
 if TYPE_CHECKING:
@@ -40,27 +41,9 @@ COLUMNS = (
 )
 Shapes = tuple[tuple[int, ...], ...]
 
-GPT2_BLOCK: Shapes = ((2304, 768), (2304,), (768, 768), (768,), (3072, 768), (3072,), (768, 3072), *[(768,)] * 5)
-GPT2: Shapes = ((50304, 768), (1024, 768), *GPT2_BLOCK * 12, (768,), (768,))
-"""GPT-2 124M, the head tied to the embedding."""
-
-
-def resnet18() -> Shapes:
-    """Parameters of torchvision's ResNet-18."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    entering = 64
-    for width in (64, 128, 256, 512):
-        for block in range(2):
-            shapes += [(width, entering, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
-            if block == 0 and entering != width:
-                shapes += [(width, entering, 1, 1), (width,), (width,)]
-            entering = width
-    return (*shapes, (1000, 512), (1000,))
-
-
 GPU_LISTS: dict[str, tuple[Shapes, int]] = {
-    "GPT-2 124M": (GPT2, 0),
-    "ResNet-18": (resnet18(), 0),
+    "GPT-2 124M": (tuple(gpt2_shapes()), 0),
+    "ResNet-18": (tuple(resnet18_shapes()), 0),
     "4096x4096": (((4096, 4096),), 0),
     "50304x768": (((50304, 768),), 0),
     "32 experts of 2048x1024": (((32, 2048, 1024),), 1),

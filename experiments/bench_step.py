@@ -67,24 +67,23 @@ def gpt2_shapes(*, vocabulary: int = 50304, context: int = 1024, width: int = 76
     return [(vocabulary, width), (context, width), *[*norm, *attention, *norm, *mlp] * layers, *norm]
 
 
-def resnet18_shapes() -> Shapes | None:
-    """The parameters of torchvision's ResNet-18; None where torchvision is not installed."""
-    if importlib.util.find_spec("torchvision") is None:
-        return None
-    from torchvision.models import resnet18
-
-    with torch.device("meta"):
-        return [tuple(param.shape) for param in resnet18().parameters()]
+def resnet18_shapes() -> Shapes:
+    """Parameters of torchvision's ResNet-18."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    entering = 64
+    for width in (64, 128, 256, 512):
+        for block in range(2):
+            shapes += [(width, entering, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
+            if block == 0 and entering != width:
+                shapes += [(width, entering, 1, 1), (width,), (width,)]
+            entering = width
+    return [*shapes, (1000, 512), (1000,)]
 
 
 def gpu_lists() -> Iterator[tuple[str, Shapes]]:
     """The parameter lists of real models."""
     yield "GPT-2 124M", gpt2_shapes()
-    resnet = resnet18_shapes()
-    if resnet is None:
-        note("torchvision is not installed: the rows of ResNet-18 are skipped")
-    else:
-        yield "ResNet-18", resnet
+    yield "ResNet-18", resnet18_shapes()
     yield "matrix 4096x4096", [(4096, 4096)]
     yield "embedding 50304x768", [(50304, 768)]
 

@@ -8,7 +8,7 @@ way of a list, a launch for each level of the butterflies, of which both axes' a
     observe     the second moments of all levels, averaged
     back        from the roots to the leaves; there the exact-zero rule, decay, rounding, the parameters
 
-Tensors whose bases are refitted take their second moments beforehand, in a pass of their own through the first three.
+Tensors whose bases are refitted take their second moments beforehand, in a pass of their own through the first two.
 The first fit (eigenvectors) is left to torch. So are gradients and parameters that are no plain matrices in memory -
 several parameters in one tensor (``structure="flat"``), other strides (channels_last), gradients of several dtypes:
 ``step.gradients``, ``step.parameters`` and ``step.write_`` gather and scatter them, about 20 bytes a parameter more.

@@ -209,18 +209,13 @@ class Stack:
 
     def refits(self) -> bool:
         """Whether this step refits the bases; a captured one, always the same, does where ``is_due``."""
-        calls, every = self.calls, self.options["refit_every"]
-        if self.options["capturable"]:
-            return True
-        if calls <= REFIT_WARMUP:
-            every = min(every, WARMUP_EVERY)
-        return (calls + self.phase) % every == 0
+        return self.options["capturable"] or bool(self.is_due(self.calls))
 
-    def is_due(self, step: Tensor) -> Tensor:
-        """Where tensors whose steps are counted on the device are to be refitted, bool as ``step``."""
-        every = self.options["refit_every"]
-        early, late = ((step + self.phase) % n == 0 for n in (min(every, WARMUP_EVERY), every))
-        return torch.where(step <= REFIT_WARMUP, early, late)
+    def is_due(self, clock: Any) -> Any:
+        """Whether a refit is due: of a number of steps, or of each in a tensor."""
+        every, shifted = self.options["refit_every"], clock + self.phase
+        early = (clock <= REFIT_WARMUP) & (shifted % min(every, WARMUP_EVERY) == 0)
+        return early | ((clock > REFIT_WARMUP) & (shifted % every == 0))
 
     def is_current(self) -> bool:
         """Whether the states and the parameters are those that the stack was made of."""

@@ -97,6 +97,7 @@ def count_steps_(stacks: Sequence[Stack], usable: Sequence[Tensor]) -> None:
         # The first weight is 1 only up to rounding: above it, an average could get negative.
         return taken * ((1 - beta) / (1 - beta**count)).clamp_max(1.0)
 
+    # As precise as the state.
     is_double = any(stack.layouts[0].dtype == torch.float64 for stack in stacks)
     moment = weight(MOMENT_BETA, t if is_double else t.float())
     largest = torch.where(finite, torch.cat([stack.largest for stack in stacks]), 0.0)
@@ -112,7 +113,7 @@ def count_steps_(stacks: Sequence[Stack], usable: Sequence[Tensor]) -> None:
 
 async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> None:
     """Takes the innovations into the second moments of each axis, and refits its rotation where that is due."""
-    if not stack.calls:
+    if not stack.calls or not stack.rotations:
         return
     refits, weight = stack.refits(), n.moment.view(-1)
     refitted = None if stack.all_usable else stack.per_tensor(usable).view(-1)

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def is_sharded(tensor: Any) -> bool:
     """Whether it is a ``DTensor``."""
-    return hasattr(tensor, "device_mesh")
+    # The types first: a tensor takes long to find that it lacks an attribute.
+    return type(tensor) not in (Tensor, Parameter) and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any) -> Tensor:

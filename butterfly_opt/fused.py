@@ -118,25 +118,24 @@ async def take_steps_(pairs: Sequence[tuple[Stack, Tensor]]) -> None:
 
 def _member(stack: Stack, usable: Tensor) -> Member:
     part = _PARTS.get(stack) or _PARTS.setdefault(stack, _part(stack))
-    parameters: Sequence[Tensor] = [layout.owner for layout in stack.layouts]
-    gradients: Sequence[Tensor] = [layout.owner.grad for layout in stack.layouts if layout.owner.grad is not None]
-    plain = len(gradients) == len(stack.layouts) and all(len(layout.params) == 1 for layout in stack.layouts)
+    batch, rows, columns = stack.shape
+    parameters: Sequence[Tensor] = [layout.params[0] for layout in stack.layouts]
+    gradients: Sequence[Tensor] = [param.grad for param in parameters if param.grad is not None]
+    plain = len(gradients) == len(parameters) and len(stack.layouts[0].params) == 1
     plain = plain and len({grad.dtype for grad in gradients}) == 1
     if not plain or not all(tensor.is_contiguous() for tensor in (*gradients, *parameters)):
-        plain, batch = False, stack.shape[0]
+        plain = False
         gradients = step.gradients(stack).split(batch)
         parameters = step.parameters(stack).contiguous().split(batch)
-    size = stack.shape[1] * stack.shape[2]
-    rows = [
-        (grad.data_ptr() + first * grad.element_size(), param.data_ptr() + first * param.element_size())
-        for grad, param in zip(gradients, parameters, strict=True)
-        for first in range(0, size * stack.shape[0], size)
-    ]
+    of_grad, of_param = (rows * columns * tensors[0].element_size() for tensors in (gradients, parameters))
+    starts = [(grad.data_ptr(), param.data_ptr()) for grad, param in zip(gradients, parameters, strict=True)]
+    if batch > 1:
+        starts = [(grad + i * of_grad, param + i * of_param) for grad, param in starts for i in range(batch)]
     observed = None
     if stack.rotations and stack.calls > 1:
         observed = tables.BEFORE if stack.refits() else tables.WITHIN
-    aligned = part.aligned[0], part.aligned[1] and all(address % 16 == 0 for row in rows for address in row)
-    return Member(stack, usable, part, gradients, parameters, not plain, rows, aligned, observed)
+    aligned = part.aligned[0], part.aligned[1] and not any((grad | param) % 16 for grad, param in starts)
+    return Member(stack, usable, part, gradients, parameters, not plain, starts, aligned, observed)
 
 
 def _lists(members: Sequence[Member]) -> list[list[Member]]:
@@ -226,8 +225,7 @@ def _operands(members: Sequence[Member], numbers: Tensor) -> tables.Operands:
 
 def _numbers(members: Sequence[Member]) -> Tensor:
     """``numbers`` of members, see ``tables.NUMBERS``: by few operations, however many they are."""
-    n = Numbers(*(torch.cat(own).view(-1) for own in zip(*(own.stack.numbers for own in members), strict=True)))
-    usable = torch.cat([own.stack.per_tensor(own.usable) for own in members]).view(-1).to(n.lr.dtype)
+    n = Numbers(*torch.cat([own.stack.rows_of_matrices() for own in members], dim=1).float())
     counts, zeros, options = [own.part.shape[0] for own in members], torch.zeros_like(n.lr), members[0].stack.options
     parts = list(zip(members, *(x.split(counts) for x in (n.moment, zeros, n.step)), strict=True))
     observed = map(torch.cat, zip(*(_observed(*part) for part in parts), strict=True))
@@ -237,7 +235,7 @@ def _numbers(members: Sequence[Member]) -> Tensor:
     sign = zeros + 1
     if options["maximize"]:
         sign = torch.cat([zero + (1 if member.gathered else -1) for member, _, zero, _ in parts])
-    columns = *n[:5], usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1])
+    columns = *n[:5], n.usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1])
     return torch.stack(columns, dim=1).float()
 
 
@@ -282,7 +280,7 @@ def _versions(members: Sequence[Member]) -> list[int]:
 def _part(stack: Stack) -> tables.Part:
     """A stack as the kernels see it: without a rotated axis, matrices of one row."""
     (count, rows, columns), rotations = stack.averages["exp_avg"].shape, dict(stack.whole_rotations)
-    device, widths = stack.active.device, [tiles.width_of(rows), tiles.width_of(columns)]
+    device, widths = stack.layouts[0].owner.device, [tiles.width_of(rows), tiles.width_of(columns)]
     if not rotations:
         rows, columns, widths = 1, rows * columns, [1, tiles.VECTOR_WIDTH]
     axes = _axis(rows, widths[0], rotations.get(-2), device), _axis(columns, widths[1], rotations.get(-1), device)

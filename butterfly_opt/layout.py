@@ -82,7 +82,7 @@ class TensorLayout:
         """The parameter under which the state is kept."""
         return self.params[0]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Dtype of state and arithmetic: float64 for float64 parameters, float32 for all others."""
         return torch.promote_types(self.owner.dtype, torch.float32)

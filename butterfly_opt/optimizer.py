@@ -21,7 +21,18 @@ from butterfly_opt.estimate import inverse_hessian_of, preconditioner_of
 from butterfly_opt.layout import TensorLayout, axes_layout, flat_layout
 from butterfly_opt.operators import DirectSum, RotatedDiagonal
 from butterfly_opt.options import MAX_GRAD, Options, check_parameter, check_sharded, validate
-from butterfly_opt.stack import COUNTERS, Stack, State, check_state, make_stacks, move_state_, new_state, release
+from butterfly_opt.stack import (
+    COUNTERS,
+    Gate,
+    Stack,
+    State,
+    check_state,
+    count_calls_,
+    make_stacks,
+    move_state_,
+    new_state,
+    release,
+)
 from butterfly_opt.step import count_steps_, gradient
 
 _INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -136,6 +147,7 @@ class Butterfly(Optimizer):
     def _forget(self) -> None:
         """Drops what is derived from the state."""
         self._stacks: dict[int, list[Stack]] = {}
+        self._made_of: dict[int, Any] = {}
         self._known_skips = 0
         self._has_matrix: dict[int, bool] = {}
 
@@ -305,31 +317,28 @@ class Butterfly(Optimizer):
     def _count(self, groups: list[list[Stack]]) -> list[tuple[Stack, Tensor]]:
         """Passes the gate and counts the step: the stacks to be stepped, with their usable tensors, in order."""
         places = [stacks for group in groups for stacks in _by_device(group)]
-        gates = [self._usable(stacks) for stacks in places]
-        for stacks, usable in zip(places, gates, strict=True):
-            for stack in stacks:
-                stack.count_calls_()
-            count_steps_(stacks, usable)
-        pairs = [pair for stacks, gate in zip(places, gates, strict=True) for pair in zip(stacks, gate, strict=True)]
-        return [(stack, usable) for stack, usable in pairs if not stack.is_readable or usable.any()]
+        gates = [self._gate(stacks) for stacks in places]
+        pairs: list[tuple[Stack, Tensor]] = []
+        for stacks, gate in zip(places, gates, strict=True):
+            count_steps_(stacks, gate)
+            pairs += count_calls_(stacks, gate)
+        return pairs
 
     def _stacks_of(self, index: int) -> list[Stack]:
         """The stacks of a group's tensors that have a gradient: those of the step before, if nothing has changed."""
         group = self.param_groups[index]
-        layouts = [layout for layout in _layouts(group) if any(_has_gradient(param) for param in layout.params)]
-        known = self._stacks.get(index, [])
+        described, known = _described(group), self._stacks.get(index, [])
+        if described == self._made_of.get(index) and all(stack.is_current() for stack in known):
+            return known
         if self._has_matrix.get(index) and all(param.dim() < 2 for param in group["params"]):
             raise RuntimeError(
                 "the matrices of this group were replaced by flat vectors, as DeepSpeed's ZeRO does, which hides what "
                 "Butterfly rotates; shard the model with torch.distributed.fsdp.fully_shard"
             )
-        owners = [layout.owner for layout in layouts]
-        same = {id(p) for p in owners} == {id(layout.owner) for stack in known for layout in stack.layouts}
-        if same and all(stack.options is group and stack.is_current() for stack in known):
-            return known
         release(known)
+        layouts = [layout for layout in _layouts(group) if any(_has_gradient(param) for param in layout.params)]
         states = [self._state_of(layout, group) for layout in layouts]
-        self._stacks[index] = make_stacks(layouts, states, group)
+        self._stacks[index], self._made_of[index] = make_stacks(layouts, states, group), described
         return self._stacks[index]
 
     def _state_of(self, layout: TensorLayout, group: Options) -> State:
@@ -349,8 +358,8 @@ class Butterfly(Optimizer):
         move_state_(state, layout)
         return state
 
-    def _usable(self, stacks: list[Stack]) -> list[Tensor]:
-        """Which tensors of each stack have a finite gradient, bool ``(tensors,)``: the only gate there is.
+    def _gate(self, stacks: list[Stack]) -> Gate:
+        """Which tensors may step: the only gate there is.
 
         A tensor whose gradients have all been zero so far is not ``active``: a dummy step of zeros on a fresh
         optimizer, as loaders make it, leaves no trace.
@@ -362,28 +371,22 @@ class Butterfly(Optimizer):
         """
         layouts = [layout for stack in stacks for layout in stack.layouts]
         largest = _largest_entries(layouts, stacks[0].options)
-        usable = largest < MAX_GRAD
-        has_data = type(usable) is Tensor and usable.device.type != "meta"
+        finite = largest < MAX_GRAD
+        has_data = type(finite) is Tensor and finite.device.type != "meta"
         raises = has_data and stacks[0].options["on_nonfinite"] == "raise"
         # Asked of the CPU, or where the user wants it: of a GPU it waits. There ``diagnostics`` warns.
-        asks = raises or stacks[0].is_readable
-        all_usable = asks and bool(usable.all())
-        if asks and not all_usable:
+        if (raises or stacks[0].is_readable) and not bool(finite.all()):
             if raises:
                 raise FloatingPointError(
-                    f"non-finite gradient (largest entry {largest[~usable][0].item()}) of the tensor of shape "
-                    f"{tuple(layouts[int((~usable).long().argmax())].state_shape)}; "
+                    f"non-finite gradient (largest entry {largest[~finite][0].item()}) of the tensor of shape "
+                    f"{tuple(layouts[int((~finite).long().argmax())].state_shape)}; "
                     "on_nonfinite='skip' leaves such steps out"
                 )
             if not self._known_skips:
-                self._warn_of_skips(int((~usable).sum()))
-        sizes = [len(stack.layouts) for stack in stacks]
-        gates = list(usable.split(sizes))
-        active = usable & ((largest > 0) | (torch.cat([stack.counters["step"] for stack in stacks]) > 0))
-        for stack, gate, *own in zip(stacks, gates, largest.split(sizes), active.split(sizes), strict=True):
-            stack.largest, stack.active = own
-            stack.all_usable = stack.is_readable and (all_usable or bool(gate.all()))
-        return gates
+                self._warn_of_skips(int((~finite).sum()))
+        # One that has stepped goes on also with a gradient of zeros.
+        goes_on = torch.maximum(largest, torch.cat([stack.counters["step"] for stack in stacks])) > 0
+        return Gate(finite, finite & goes_on, largest)
 
     def _warn_of_skips(self, skips: int) -> None:
         self._known_skips += skips
@@ -573,10 +576,18 @@ def _layouts(group: Options) -> list[TensorLayout]:
     return [replace(layout, rotated=()) for layout in layouts] if group["diagonal"] == "newton" else layouts
 
 
+def _described(group: Options) -> tuple[Any, ...]:
+    """What the stacks of a group are made of, beside states."""
+    names = ("structure", "batch_dims", "cross_shard", "diagonal", "block", "lead", "capturable")
+    params = [(id(p), p.shape, p.dtype, p.device) for p in group["params"] if _has_gradient(p)]
+    return id(group), [group[name] for name in names], params
+
+
 def _has_gradient(param: Tensor) -> bool:
-    if param.grad is not None and param.grad.is_sparse:
+    grad = param.grad
+    if grad is not None and grad.is_sparse:
         raise RuntimeError("Butterfly does not support sparse gradients; use dense ones (sparse=False)")
-    return param.grad is not None and param.numel() > 0
+    return grad is not None and param.numel() > 0
 
 
 def _by_device(stacks: list[Stack]) -> list[list[Stack]]:
@@ -599,8 +610,8 @@ def _largest_entries(layouts: list[TensorLayout], options: Options) -> Tensor:
     grads = [grad if grad.numel() else grad.new_zeros(1) for own in given for grad in own]
     if grads[0].device.type == "cpu":
         # An infinity norm takes twenty times as long on a CPU.
-        ends = torch.stack([end.float() for grad in grads for end in torch.aminmax(grad)])
-        largest = ends.abs().view(-1, 2).amax(1)
+        ends = torch.stack([end for grad in grads for end in torch.aminmax(grad)]).float()
+        largest = ends.abs_().view(-1, 2).amax(1)
     else:
         largest = torch.stack(list(torch._foreach_norm(grads, float("inf"), dtype=torch.float32)))
     if len(grads) != len(layouts):

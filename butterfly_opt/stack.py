@@ -108,6 +108,20 @@ def move_state_(state: State, layout: TensorLayout) -> None:
             state[key] = value.to(device, value.dtype if value.dim() == 0 else dtype)
 
 
+class Gate(NamedTuple):
+    """Which tensors may step, ``(tensors,)`` of some stacks of one group and device, one behind the other.
+
+    Attributes:
+        finite: bool, whose gradient is finite; the others are skipped.
+        active: bool, which of them count this step: before the first one, those whose gradient is not all zero.
+        largest: float32, the largest absolute entry of each gradient.
+    """
+
+    finite: Tensor
+    active: Tensor
+    largest: Tensor
+
+
 class Numbers(NamedTuple):
     """The numbers of a step, each ``(count, 1, 1)`` in the dtype of the state.
 
@@ -122,6 +136,7 @@ class Numbers(NamedTuple):
         floor: added to the denominator, see ``step.floor``.
         moment: weight of this innovation in the second moments that the bases are fitted to: of a bias-corrected
             average at first, then of an exponential one.
+        usable: 1, or 0 where the gradient is not finite.
     """
 
     mean: Tensor
@@ -131,6 +146,7 @@ class Numbers(NamedTuple):
     lr: Tensor
     floor: Tensor
     moment: Tensor
+    usable: Tensor
 
 
 class Stack:
@@ -146,10 +162,8 @@ class Stack:
         earlier_steps: ``(count,)``, or None.
         phase: number of the stack in its group; it shifts the schedule, so that not all refit in one step.
         streams: random streams for rounding, one a tensor.
-        active: bool ``(tensors,)``, which of them count this step: those whose gradient is finite and, before the first
-            step, not all zero.
-        largest: ``(tensors,)``, the largest entry of each gradient.
-        numbers: the numbers of this step.
+        active: bool ``(tensors,)``, see ``Gate``.
+        rows: the numbers of this step, float64 ``(len(Numbers), tensors)``.
         is_readable: whether the host may look at numbers without waiting: on a CPU, unless it pretends to be captured
             or its tensors are fake.
         all_usable: whether the host knows that no tensor is skipped this step.
@@ -159,12 +173,11 @@ class Stack:
         self.layouts, self.states, self.options, self.phase = layouts, states, options, phase
         shard = sum(cut.index for _, cut in layouts[0].cuts)
         self.streams = [(shard << 24) + (phase << 16) + i for i in range(len(layouts))]
-        self.numbers: Numbers
-        self.largest = torch.zeros(len(layouts), device=layouts[0].owner.device)
+        self.rows: Tensor
         self.active = torch.ones(len(layouts), dtype=torch.bool, device=layouts[0].owner.device)
         is_on_host = self.active.device.type == "cpu" and type(self.active) is Tensor
         self.is_readable = is_on_host and not options["capturable"]
-        self.all_usable, self._is_settled, self._made_of = False, True, self._described()
+        self.all_usable, self._is_settled = False, True
         _, rows, columns = self.shape = layouts[0].shape
         bases = basis_names(layouts[0])
         self._names = [*COUNTERS, *AVERAGES[options["diagonal"]], *(name for names in bases for name in names)]
@@ -180,7 +193,7 @@ class Stack:
             self.rotations.append((dim, rotation_of(layouts[0], dim, options, *flat)))
         earlier = [state["earlier_steps"] for state in states]
         self.earlier_steps = torch.tensor(earlier, device=layouts[0].owner.device) if any(earlier) else None
-        self._views = [state[name] for state in states for name in self._names]
+        self._views = [(state, name, state[name]) for state in states for name in self._names]
 
     def _join(self, name: str) -> Tensor:
         """A state of all tensors in one storage, ``(tensors, *shape)``; the states become views of it."""
@@ -197,15 +210,29 @@ class Stack:
         """Gradients seen, this one included: the host's clock."""
         return max(int(state["calls"]) for state in self.states)
 
-    def count_calls_(self) -> None:
-        """Advances the clock of each tensor; gradients that do not count are not seen where the host can tell."""
-        seen = self.active.tolist() if self.is_readable else [True] * len(self.states)
+    @property
+    def numbers(self) -> Numbers:
+        """The numbers of this step."""
+        return Numbers(*self.rows_of_matrices().to(self.layouts[0].dtype)[..., None, None].unbind())
+
+    def rows_of_matrices(self) -> Tensor:
+        """``rows`` with one column a matrix, of which a batch has several."""
+        return self.rows.repeat_interleave(self.shape[0], dim=1) if self.shape[0] > 1 else self.rows
+
+    def count_calls_(self, finite: Sequence[bool] | None, active: Sequence[bool] | None) -> None:
+        """Advances the clock of each tensor; gradients that do not count are not seen where the host can tell.
+
+        Args:
+            finite: see ``Gate``; None where the host cannot tell.
+            active: the same.
+        """
+        self.all_usable = finite is not None and all(finite)
         # One that starts, or whose step is skipped, belongs to other tensors from now on.
-        self._is_settled = not self.is_readable or all(
-            bool(state["calls"]) == is_seen for state, is_seen in zip(self.states, seen, strict=True)
-        )
-        for state, is_seen in zip(self.states, seen, strict=True):
-            state["calls"] += is_seen
+        self._is_settled = True
+        for i, state in enumerate(self.states):
+            seen = active is None or active[i]
+            self._is_settled &= active is None or bool(state["calls"]) == seen
+            state["calls"] += seen
 
     def refits(self) -> bool:
         """Whether this step refits the bases; a captured one, always the same, does where ``is_due``."""
@@ -218,17 +245,8 @@ class Stack:
         return early | ((clock > REFIT_WARMUP) & (shifted % every == 0))
 
     def is_current(self) -> bool:
-        """Whether the states and the parameters are those that the stack was made of."""
-        if not self._is_settled or self._made_of != self._described():
-            return False
-        current = (state.get(name) for state in self.states for name in self._names)
-        return all(own is view for own, view in zip(current, self._views, strict=True))
-
-    def _described(self) -> tuple[Any, ...]:
-        owners = [layout.owner for layout in self.layouts]
-        names = ("structure", "batch_dims", "cross_shard", "diagonal", "block", "lead", "capturable")
-        options = (self.options[name] for name in names)
-        return *options, *((owner.device, owner.dtype) for owner in owners)
+        """Whether the states are those that the stack was made of."""
+        return self._is_settled and all(state.get(name) is view for state, name, view in self._views)
 
     def release(self) -> None:
         """Gives every state a storage of its own: none keeps those of others alive."""
@@ -300,6 +318,25 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
         Stack([layout for layout, _ in members], [state for _, state in members], options, phase)
         for phase, members in enumerate(groups)
     ]
+
+
+def open_gate(stacks: Sequence[Stack]) -> Gate:
+    """That of tensors which all may step."""
+    active = torch.cat([stack.active for stack in stacks])
+    return Gate(active, active, active.float())
+
+
+def count_calls_(stacks: Sequence[Stack], gate: Gate) -> list[tuple[Stack, Tensor]]:
+    """Advances the clocks: the stacks that step with their ``usable`` tensors, all where the host cannot tell."""
+    sizes, pairs, first = [len(stack.layouts) for stack in stacks], [], 0
+    finite, active = (gate.finite.tolist(), gate.active.tolist()) if stacks[0].is_readable else (None, None)
+    for stack, usable, own in zip(stacks, gate.finite.split(sizes), gate.active.split(sizes), strict=True):
+        place, stack.active = slice(first, first + len(own)), own
+        stack.count_calls_(finite and finite[place], active and active[place])
+        if finite is None or any(finite[place]):
+            pairs.append((stack, usable))
+        first = place.stop
+    return pairs
 
 
 async def settled(result: Any) -> Any:

@@ -17,7 +17,9 @@ with ``V`` of ``diagonal``; ``m`` is the average one step ahead, as Nesterov's, 
 is exactly zero never had a gradient: it is not moved, whatever it is mixed with.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from butterfly_opt.diagonal import regress
 from butterfly_opt.dtensor import local, local_gradient
 from butterfly_opt.options import Options
 from butterfly_opt.rounding import round_stochastically
-from butterfly_opt.stack import Numbers, Stack, settled
+from butterfly_opt.stack import Gate, Numbers, Stack, settled
 
 MOMENT_BETA = 0.95
 """Decay a step of the second moments that the basis is fitted to: 0.9 sees too few gradients where few samples of a
@@ -71,44 +73,47 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
     write_(stack, change.masked_fill_(exp_avg == 0, 0.0), n)
 
 
-def count_steps_(stacks: Sequence[Stack], usable: Sequence[Tensor]) -> None:
+def count_steps_(stacks: Sequence[Stack], gate: Gate) -> None:
     """Counts the step of each active tensor, or that it was skipped, and gives every stack its numbers.
 
     Args:
         stacks: of one group and device: their numbers are made together.
-        usable: for each stack which of its tensors have a finite gradient.
+        gate: of their tensors.
     """
     options, (beta1, beta2) = stacks[0].options, stacks[0].options["betas"]
-    finite, active = torch.cat(list(usable)), torch.cat([stack.active for stack in stacks])
-    step = torch.cat([stack.counters["step"] for stack in stacks]) + active
-    skipped = torch.cat([stack.counters["skipped"] for stack in stacks]) + ~finite
+    step = torch.cat([stack.counters["step"] for stack in stacks]) + gate.active
+    skipped = torch.cat([stack.counters["skipped"] for stack in stacks]) + ~gate.finite
     sizes = [len(stack.layouts) for stack in stacks]
     for name, values in (("step", step), ("skipped", skipped)):
         torch._foreach_copy_([stack.counters[name] for stack in stacks], list(values.split(sizes)))
-    taken, t = active.double(), step.double().clamp_min(1)
+    t = step.double().clamp_min(1)
     offsets = [stack.earlier_steps for stack in stacks]
     if any(offset is not None for offset in offsets):
         t_mean = t + torch.cat([t.new_zeros(n) if o is None else o for n, o in zip(sizes, offsets, strict=True)])
     else:
         t_mean = t
     lr = options["lr"].to(t).view(()) if isinstance(options["lr"], Tensor) else options["lr"]
+    weights = _weights((beta1, beta2, beta2, MOMENT_BETA), (t_mean, t, (t - 1).clamp_min(1), t))
+    # The first weight is 1 only up to rounding: above it, an average could get negative.
+    mean, square, pair, moment = torch.stack(weights).clamp_max_(1.0).mul_(gate.active).unbind()
+    floors = floor(options["eps"], torch.where(gate.finite, gate.largest, 0.0), stacks[0].layouts[0].dtype)
+    usable = gate.finite.double()
+    rows = Numbers(mean, square, pair, t, usable * lr, floors, moment, usable)
+    for stack, own in zip(stacks, torch.stack([row.double() for row in rows]).split(sizes, dim=1), strict=True):
+        stack.rows = own
 
-    def weight(beta: float | Tensor, count: Tensor) -> Tensor:
-        # The first weight is 1 only up to rounding: above it, an average could get negative.
-        return taken * ((1 - beta) / (1 - beta**count)).clamp_max(1.0)
 
-    # As precise as the state.
-    is_double = any(stack.layouts[0].dtype == torch.float64 for stack in stacks)
-    moment = weight(MOMENT_BETA, t if is_double else t.float())
-    largest = torch.where(finite, torch.cat([stack.largest for stack in stacks]), 0.0)
-    floors = floor(options["eps"], largest, stacks[0].layouts[0].dtype)
-    rows = (
-        weight(beta1, t_mean), weight(beta2, t), weight(beta2, (t - 1).clamp_min(1)), t, finite.double() * lr,
-        floors.double(), moment,
-    )  # fmt: skip
-    for stack, own in zip(stacks, torch.stack(rows).split(sizes, dim=1), strict=True):
-        columns = own.to(stack.layouts[0].dtype).repeat_interleave(stack.shape[0], dim=1)
-        stack.numbers = Numbers(*columns.view(len(rows), -1, 1, 1).unbind())
+def _weights(betas: Sequence[float | Tensor], counts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``(1 - beta) / (1 - beta^count)`` for each pair, by few operations: a step of small tensors is made of them."""
+    if any(isinstance(beta, Tensor) for beta in betas):
+        betas = [counts[0].new_full((), beta) if not isinstance(beta, Tensor) else beta.double() for beta in betas]
+        logs: list[Any] = [beta.log().view(()) for beta in betas]
+    else:
+        logs = [math.log(beta) if beta else -math.inf for beta in betas]
+    weights = torch._foreach_mul(counts, logs)
+    torch._foreach_expm1_(weights)
+    torch._foreach_reciprocal_(weights)
+    return torch._foreach_mul(weights, [beta - 1 for beta in betas])
 
 
 async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> None:

@@ -38,7 +38,7 @@ def compile_all(capability: int) -> set[str]:
 
     from butterfly_opt import collectives, fused, step
     from butterfly_opt.layout import axes_layout
-    from butterfly_opt.stack import Stack, new_state
+    from butterfly_opt.stack import Stack, new_state, open_gate
 
     class Driver:
         """What a compilation asks of the driver of a GPU."""
@@ -81,7 +81,8 @@ def compile_all(capability: int) -> set[str]:
             state = new_state(layout, options)
             state["calls"] = 2
             pairs.append((Stack([layout], [state], options, phase), torch.ones(1, dtype=torch.bool)))
-        step.count_steps_([stack for stack, _ in pairs], [usable for _, usable in pairs])
+        stacks = [stack for stack, _ in pairs]
+        step.count_steps_(stacks, open_gate(stacks))
         collectives.run([fused.take_steps_(pairs)])
     return compiled
 

@@ -10,7 +10,7 @@ from butterfly_opt.diagonal import Curvature, regress
 from butterfly_opt.operators import RotatedDiagonal
 from butterfly_opt.rotation import Rotation
 from butterfly_opt.stack import Stack
-from butterfly_opt.step import floor
+from butterfly_opt.step import SIGNAL, floor
 
 
 def preconditioner_of(stack: Stack) -> RotatedDiagonal:
@@ -51,11 +51,11 @@ def curvature(stack: Stack, cross: Tensor | None = None) -> Curvature:
 
 
 def _step_diagonal(stack: Stack) -> Tensor:
-    """``1 / (sqrt(V + m^2) + floor)``, what a step multiplies ``m = Q^T gbar`` with; its floor is that of ``gbar``."""
+    """``1 / (sqrt(V + SIGNAL m^2) + floor)``, what a step multiplies ``m = Q^T gbar`` with; the floor is ``gbar``'s."""
     energy = stack.averages["exp_avg_sq"] if stack.options["diagonal"] == "innovation" else curvature(stack).energy
     ((m,),) = run([stack.to_rotated(stack.averages["exp_avg"])])
     largest = stack.averages["exp_avg"].abs().amax()
-    return 1 / (torch.addcmul(energy, m, m).sqrt_() + floor(stack.options["eps"], largest, energy.dtype))
+    return 1 / (torch.addcmul(energy, m, m, value=SIGNAL).sqrt_() + floor(stack.options["eps"], largest, energy.dtype))
 
 
 def _hessian_diagonal(stack: Stack, *, corrected: bool) -> Tensor:

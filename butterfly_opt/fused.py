@@ -219,6 +219,7 @@ def _operands(members: Sequence[Member], numbers: Tensor) -> tables.Operands:
         dtypes=(first.gradients[0].dtype, first.parameters[0].dtype),
         aligned=first.aligned,
         decays=decays and not options["decoupled_weight_decay"] and not first.gathered,
+        signal=step.SIGNAL,
         regression=regression if "cross" in averages else None,
     )
 

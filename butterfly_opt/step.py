@@ -11,7 +11,7 @@ coordinates: they outlast every basis, and ``s`` follows whatever was written to
 
     u = Q^T y, m = Q^T (gbar_t + a_t (g_t - gbar_t)), w = Q^T s
     A <- (1 - b_t) A + b_t u^2, and so B of w^2 and C of u w           b_t = (1 - beta2) / (1 - beta2^t)
-    theta <- theta (1 - lr weight_decay) - lr Q ( m / (sqrt(V + m^2) + floor) )   floor = eps + ROUNDING max |g_t|
+    theta <- theta (1 - lr weight_decay) - lr Q ( m / (sqrt(V + SIGNAL m^2) + floor) )   floor = eps + ROUNDING max |g_t|
 
 with ``V`` of ``diagonal``; ``m`` is the average one step ahead, as Nesterov's, which lags less. An entry whose ``gbar``
 is exactly zero never had a gradient: it is not moved, whatever it is mixed with.
@@ -33,6 +33,11 @@ from butterfly_opt.stack import Gate, Numbers, Stack, settled
 MOMENT_BETA = 0.95
 """Decay a step of the second moments that the basis is fitted to: 0.9 sees too few gradients where few samples of a
 batch still have one, 0.98 is no better there and 0.99 follows the drift too late elsewhere."""
+
+SIGNAL = 0.1
+"""Weight of ``m^2`` under the root: where there is no noise, a coordinate moves by ``lr / sqrt(SIGNAL)``, 3.2 lr, at most.
+With 1, Adam's, losses with little noise end higher, and at a constant rate the last steps are too long; with 0.03 and
+0.01 they end as with 0.1 (experiments/NOTES.md)."""
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
 """Share of the largest gradient entry that a rotated coordinate must have: a few roundings, added up over stages."""
@@ -68,7 +73,7 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
         average_product_(disp_sq, w, w, n.pair)
         average_product_(cross, u, w, n.pair)
         energy = regress(energy, disp_sq, cross, beta2=options["betas"][1], step=n.step, means=means).energy
-    scale = torch.addcmul(energy, m, m).sqrt_().add_(n.floor)
+    scale = torch.addcmul(energy, m, m, value=SIGNAL).sqrt_().add_(n.floor)
     change = (await stack.from_rotated(m.div_(scale))).mul_(-n.lr)
     write_(stack, change.masked_fill_(exp_avg == 0, 0.0), n)
 
@@ -186,7 +191,7 @@ def write_(stack: Stack, change: Tensor, n: Numbers) -> None:
     """``theta <- theta (1 - lr weight_decay) + change``, rounded once; parameters without a gradient stay."""
     options, batch = stack.options, stack.shape[0]
     decays = bool(options["weight_decay"]) and options["decoupled_weight_decay"]
-    keep = 1 - n.lr * options["weight_decay"]
+    keep = 1 - n.lr * options["weight_decay"] if decays else n.lr
     for i, (layout, own) in enumerate(zip(stack.layouts, change.split(batch), strict=True)):
         for part, param in zip(layout.scatter(own), layout.params, strict=True):
             if param.grad is None:

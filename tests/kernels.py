@@ -56,6 +56,7 @@ def make_operands(
         dtypes=(torch.float32, torch.float32),
         aligned=(False, False),
         decays=False,
+        signal=0.25,
         regression=None,
     )
 

@@ -7,7 +7,7 @@ Formulas, in the names of ``butterfly_opt.step``, for a tile of the rows and one
             every level     partial second moments u u^T and u^T u, of the rows and of the columns
                             u, m, w <- B_r^T (u, m, w) B_c
             averages        A <- A + b (u^2 - A);        secant: B <- B + b' (w^2 - B),  C <- C + b' (u w - C)
-            direction       d = m / (sqrt(V + m^2) + floor),   V = A, or that of ``butterfly_opt.diagonal.regress``
+            direction       d = m / (sqrt(V + signal m^2) + floor),   V = A, or that of ``butterfly_opt.diagonal.regress``
     back    every level     d <- B_r d B_c^T
             of the leaves   theta <- round(theta (1 - lr weight_decay) - lr d), but for entries with gbar = 0
 
@@ -195,7 +195,7 @@ def _energy(u, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, mask, R
 def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, volume, addresses_ptr, flags_ptr,
                   means_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, LEAVES: tl.constexpr,
                   STEP: tl.constexpr, OBSERVE: tl.constexpr, DECAY: tl.constexpr, GRAD: tl.constexpr,
-                  PARAM: tl.constexpr, REGRESSION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                  PARAM: tl.constexpr, REGRESSION: tl.constexpr, SIGNAL: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                   ROW_ALIGNED: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr,
                   COLUMNS: tl.constexpr):  # fmt: skip
     program_ptr, matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, others = _find_tile(
@@ -258,7 +258,7 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
             m, unit = scaled(m)
             m = _turn(m, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
         # sqrt_rn: tl.sqrt takes subnormal energies for zero.
-        d = m / (tl.sqrt_rn(energy + m * m) + tl.load(numbers_ptr + 7))
+        d = m / (tl.sqrt_rn(energy + SIGNAL * m * m) + tl.load(numbers_ptr + 7))
         tl.store(ahead_ptr + offsets, tl.where(final, d, m), mask=mask)
 
 
@@ -358,7 +358,7 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
             _forth_kernel, operands, level, None if operands.regression else "forth", operands.addresses,
             operands.flags, operands.means, operands.sums, *operands.partials, gate, STEP=step, OBSERVE=observe,
             DECAY=operands.decays, GRAD=_dtype(operands, "gradients"), PARAM=_dtype(operands, "parameters"),
-            REGRESSION=operands.regression,
+            REGRESSION=operands.regression, SIGNAL=operands.signal,
         )  # fmt: skip
     if step and operands.regression:
         _means_kernel[(len(operands.means),)](

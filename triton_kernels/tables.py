@@ -156,6 +156,7 @@ class Operands(NamedTuple):
         dtypes: of gradients and parameters.
         aligned: see ``Part``; of gradients and parameters as well.
         decays: L2 decay is added to gradients.
+        signal: weight of ``m^2`` in the scale.
         regression: ``MIN_STEPS``, ``MAX_RIDGE`` and ``ROUNDING`` of ``butterfly_opt.diagonal``; None for innovation.
     """
 
@@ -170,6 +171,7 @@ class Operands(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype]
     aligned: tuple[bool, bool]
     decays: bool
+    signal: float
     regression: tuple[float, float, float] | None
 
 

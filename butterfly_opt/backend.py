@@ -29,7 +29,7 @@ def steps_of(pairs: Sequence[tuple[Stack, Tensor]]) -> list[Step]:
         device = layout.owner.device
         if options["diagonal"] == "newton":
             steps.append(newton.take_step_(stack, usable))
-        elif layout.cuts or not takes_kernels(options, device, layout.dtype):
+        elif layout.cuts or not takes_kernels(options, device, layout.dtype, layout.shape[1] * layout.shape[2]):
             steps.append(step.take_step_(stack, usable))
         else:
             together[id(options), device].append((stack, usable))
@@ -40,30 +40,31 @@ def steps_of(pairs: Sequence[tuple[Stack, Tensor]]) -> list[Step]:
     return steps
 
 
-def takes_kernels(options: Options, device: torch.device, dtype: torch.dtype) -> bool:
+def takes_kernels(options: Options, device: torch.device, dtype: torch.dtype, numel: int = 1) -> bool:
     """Whether ``fused.take_steps_`` steps whole tensors, or ``step.take_step_``, its equal.
 
     Args:
         options: of the group: ``backend`` and ``fused``.
         device: of the parameters.
         dtype: of the state.
+        numel: elements of a matrix.
 
     Raises:
         RuntimeError: for "triton" where Triton or the kernels are not installed.
         ValueError: for "triton" on a device that has no Triton, outside its interpreter, or for a larger ``block``
-            than the kernels take ("auto" then steps in torch).
+            or matrix than the kernels take ("auto" then steps in torch).
         TypeError: for "triton" with float64 parameters.
     """
     name = options["backend"]
     if name == "torch" or options["fused"] is False or (name == "auto" and device.type != "cuda"):
         return False
-    refusal = _refusal(options["block"], device, dtype)
+    refusal = _refusal(options["block"], device, dtype, numel)
     if refusal and name == "triton":
         raise refusal
     return refusal is None
 
 
-def _refusal(block: int, device: torch.device, dtype: torch.dtype) -> Exception | None:
+def _refusal(block: int, device: torch.device, dtype: torch.dtype, numel: int) -> Exception | None:
     """Why the kernels cannot step these tensors."""
     if missing_kernels():
         return RuntimeError(f"backend='triton' needs {missing_kernels()}; or use backend='auto'")
@@ -80,6 +81,10 @@ def _refusal(block: int, device: torch.device, dtype: torch.dtype) -> Exception 
 
     if block > fused.MAX_BLOCK:
         return ValueError(f"backend='triton' takes block <= {fused.MAX_BLOCK}, got block = {block}; use backend='auto'")
+    if numel > fused.MAX_NUMEL:
+        return ValueError(
+            f"backend='triton' takes matrices of at most {fused.MAX_NUMEL} elements, got {numel}; use backend='auto'"
+        )
     return None
 
 

@@ -41,6 +41,9 @@ else:
 MAX_BLOCK = tiles.MAX_BLOCK
 """The largest ``block`` that the kernels take."""
 
+MAX_NUMEL = tiles.MAX_NUMEL
+"""Elements of the largest matrix that they take."""
+
 MAX_LIST = 1 << 26
 """Elements of a list of several stacks: launches are few, and scratch takes 20 bytes an element, secant's 24."""
 

@@ -11,7 +11,8 @@ coordinates: they outlast every basis, and ``s`` follows whatever was written to
 
     u = Q^T y, m = Q^T (gbar_t + a_t (g_t - gbar_t)), w = Q^T s
     A <- (1 - b_t) A + b_t u^2, and so B of w^2 and C of u w           b_t = (1 - beta2) / (1 - beta2^t)
-    theta <- theta (1 - lr weight_decay) - lr Q ( m / (sqrt(V + SIGNAL m^2) + floor) )   floor = eps + ROUNDING max |g_t|
+    theta <- theta (1 - lr weight_decay) - lr Q ( m / (sqrt(V + SIGNAL m^2) + floor) )
+    floor = eps + ROUNDING max |g_t|
 
 with ``V`` of ``diagonal``; ``m`` is the average one step ahead, as Nesterov's, which lags less. An entry whose ``gbar``
 is exactly zero never had a gradient: it is not moved, whatever it is mixed with.
@@ -35,9 +36,9 @@ MOMENT_BETA = 0.95
 batch still have one, 0.98 is no better there and 0.99 follows the drift too late elsewhere."""
 
 SIGNAL = 0.1
-"""Weight of ``m^2`` under the root: where there is no noise, a coordinate moves by ``lr / sqrt(SIGNAL)``, 3.2 lr, at most.
-With 1, Adam's, losses with little noise end higher, and at a constant rate the last steps are too long; with 0.03 and
-0.01 they end as with 0.1 (experiments/NOTES.md)."""
+"""Weight of ``m^2`` under the root: without noise a coordinate moves by ``lr / sqrt(SIGNAL)``, 3.2 lr, at most. With 1,
+Adam's, losses with little noise end higher, and at a constant rate the last steps are too long; with 0.03 and 0.01 they
+end as with 0.1 (experiments/NOTES.md)."""
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
 """Share of the largest gradient entry that a rotated coordinate must have: a few roundings, added up over stages."""

@@ -164,6 +164,13 @@ def test_triton_refuses_float64(monkeypatch):
         takes_kernels(OPTIONS, torch.device("cpu"), torch.float64)
 
 
+def test_matrices_whose_places_are_no_int32_are_left_to_torch(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert takes_kernels(OPTIONS, torch.device("cpu"), torch.float32, 2**31 - 1)
+    with pytest.raises(ValueError, match="matrices of at most 2147483647 elements, got 2147483648"):
+        takes_kernels(OPTIONS, torch.device("cpu"), torch.float32, 2**31)
+
+
 def test_missing_triton_is_named(monkeypatch):
     from butterfly_opt import backend
 

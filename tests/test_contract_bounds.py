@@ -84,7 +84,7 @@ def test_no_rotated_coordinate_moves_further_than_the_bound(
 
 @pytest.mark.parametrize("diagonal", ["innovation", "secant"])
 def test_the_bound_is_reached_on_a_linear_loss(diagonal: str) -> None:
-    """Innovations vanish on a constant gradient: V goes to zero, and the step to ``BOUND lr sign(m)`` and no further."""
+    """Innovations vanish on a constant gradient: V goes to zero, and the step to ``BOUND lr sign(m)``."""
     param = nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
     opt = Butterfly([param], lr=LR, betas=(0.9, 0.95), diagonal=diagonal)
     for step in range(300):

@@ -74,7 +74,7 @@ def test_directions_are_rotated_back(case, dim):
 @pytest.mark.parametrize("shape", [(24, 40), (65, 200), (9, 130)], ids=str)
 @pytest.mark.parametrize("full", [False, True], ids=["leading", "full"])
 def test_every_coordinate_leaves_once(shape, full):
-    """At different levels, whatever is turned there: averages of all, and the direction ``m / (sqrt(A + m^2 / 4) + 1)``."""
+    """At different levels, whatever is turned there: averages of all, and ``m / (sqrt(A + m^2 / 4) + 1)``."""
     block, lead = (4, 4) if full else (8, 2)
     pair = [make_rotation(n, block, lead, count=1) for n in shape]
     x = values_of(1, *shape, -2)[0].to(DEVICE)

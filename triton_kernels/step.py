@@ -7,7 +7,7 @@ Formulas, in the names of ``butterfly_opt.step``, for a tile of the rows and one
             every level     partial second moments u u^T and u^T u, of the rows and of the columns
                             u, m, w <- B_r^T (u, m, w) B_c
             averages        A <- A + b (u^2 - A);        secant: B <- B + b' (w^2 - B),  C <- C + b' (u w - C)
-            direction       d = m / (sqrt(V + signal m^2) + floor),   V = A, or that of ``butterfly_opt.diagonal.regress``
+            direction       d = m / (sqrt(V + signal m^2) + floor),   V = A or of ``butterfly_opt.diagonal.regress``
     back    every level     d <- B_r d B_c^T
             of the leaves   theta <- round(theta (1 - lr weight_decay) - lr d), but for entries with gbar = 0
 
@@ -67,7 +67,8 @@ def _find_tile(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, L
     matrix = tl.load(programs_ptr).to(tl.int64)
     matrices_ptr += matrix * _M
     first = tl.load(matrices_ptr + 5)
-    columns = tl.load(matrices_ptr + 6)
+    # Places within a matrix are int32: half the registers and the arithmetic (``tiles.MAX_NUMEL``).
+    columns = tl.load(matrices_ptr + 6).to(tl.int32)
     if ALIGNED:
         first = tl.multiple_of(first, 4)
         columns = tl.multiple_of(columns, 4)
@@ -170,6 +171,14 @@ def _regressed(energy, disp_sq, cross, means_ptr, step, newest, REGRESSION: tl.c
 
 
 @triton.jit
+def _root(x):
+    """The root by the fast instruction, which takes subnormal numbers for zero: those are scaled before."""
+    is_small = x < 1e-30
+    root = tl.sqrt(tl.where(is_small, x * 2.0**64, x))
+    return tl.where(is_small, root * 2.0**-32, root)
+
+
+@triton.jit
 def _sum(x):
     """In float64: rounded to float32, the order of the additions, and so who added, does not show."""
     return tl.sum(tl.sum(x.to(tl.float64), axis=1), axis=0)
@@ -195,9 +204,9 @@ def _energy(u, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, mask, R
 def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, volume, addresses_ptr, flags_ptr,
                   means_ptr, sums_ptr, row_partial_ptr, column_partial_ptr, gate, LEAVES: tl.constexpr,
                   STEP: tl.constexpr, OBSERVE: tl.constexpr, DECAY: tl.constexpr, GRAD: tl.constexpr,
-                  PARAM: tl.constexpr, REGRESSION: tl.constexpr, SIGNAL: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-                  ROW_ALIGNED: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr,
-                  COLUMNS: tl.constexpr):  # fmt: skip
+                  PARAM: tl.constexpr, REGRESSION: tl.constexpr, SIGNAL: tl.constexpr, HEIGHT: tl.constexpr,
+                  WIDTH: tl.constexpr, ROW_ALIGNED: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr,
+                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     program_ptr, matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, others = _find_tile(
         matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, LEAVES, HEIGHT, WIDTH, ALIGNED, ALONE
     )
@@ -241,7 +250,7 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
                 _store_moments(program_ptr + 5, column_partial_ptr, tl.trans(high), tl.trans(low), high, low, unit,
                                WIDTH)  # fmt: skip
         u = _turn(u, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
-    tl.store(values_ptr + offsets, u, mask=others)
+    tl.store(values_ptr + offsets, u, mask=others if REGRESSION is None else mask)
     if STEP:
         w = u
         if REGRESSION is not None:
@@ -249,7 +258,11 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
             if ROWS or COLUMNS:
                 w, unit = scaled(w)
                 w = _turn(w, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
-            tl.store(disp_ptr + offsets, w, mask=others)
+            # Read again rather than kept over a product: nothing spills then.
+            tl.store(disp_ptr + offsets, w, mask=mask)
+            tl.debug_barrier()
+            u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
+            w = tl.load(disp_ptr + offsets, mask=mask, other=0.0)
         sums_ptr += tl.load(program_ptr + 3).to(tl.int64) * 2
         energy = _energy(u, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2, sums_ptr, offsets, final, REGRESSION,
                          ALIGNED)  # fmt: skip
@@ -257,8 +270,7 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
         if ROWS or COLUMNS:
             m, unit = scaled(m)
             m = _turn(m, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
-        # sqrt_rn: tl.sqrt takes subnormal energies for zero.
-        d = m / (tl.sqrt_rn(energy + SIGNAL * m * m) + tl.load(numbers_ptr + 7))
+        d = m / (_root(energy + SIGNAL * m * m) + tl.load(numbers_ptr + 7))
         tl.store(ahead_ptr + offsets, tl.where(final, d, m), mask=mask)
 
 
@@ -339,7 +351,7 @@ def _back_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
 
 MAX_REGISTERS = {"forth": 168, "back": 128}
 """Registers of a lane, so that three and four programs fit a multiprocessor: of GPT-2 on an H200 2.7 and 0.79 ms, as
-many as the compiler likes take 3.0 and 0.89. Secant's way forth spills below 255: 6.2 ms, with 168 8.1."""
+many as the compiler likes take 3.0 and 0.89. Secant's way forth spills below 255."""
 
 
 def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:

@@ -23,6 +23,9 @@ from torch import Tensor
 MAX_BLOCK = 64
 """The largest group: a 64 x 64 tile of three tensors and two matrices is what a multiprocessor holds."""
 
+MAX_NUMEL = (1 << 31) - 1
+"""Elements of the largest matrix: places within one are int32."""
+
 MIN_WIDTH = 16
 """The least length of a side of ``tl.dot``."""
 
@@ -157,9 +160,9 @@ def pointer(entry_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def coordinates(tile_ptr, WIDTH: tl.constexpr, LEAVES: tl.constexpr, ALIGNED: tl.constexpr):
-    """The coordinates of a tile, and which of them exist."""
+    """The coordinates of a tile, int32, and which of them exist."""
     lanes = tl.arange(0, WIDTH)
-    start = tl.load(tile_ptr)
+    start = tl.load(tile_ptr).to(tl.int32)
     total = tl.load(tile_ptr + 1).to(tl.int32)
     if ALIGNED:
         start = tl.multiple_of(start, 4)
@@ -169,7 +172,7 @@ def coordinates(tile_ptr, WIDTH: tl.constexpr, LEAVES: tl.constexpr, ALIGNED: tl
     if not LEAVES:
         index = tl.load(tile_ptr + 8)
         listed = exists & (tl.zeros_like(lanes) + index != 0)
-        own = tl.load(index.to(tl.pointer_type(tl.int32)) + found, mask=listed, other=0).to(tl.int64)
+        own = tl.load(index.to(tl.pointer_type(tl.int32)) + found, mask=listed, other=0)
         found = tl.where(listed, own, found)
         if ALIGNED:
             found = tl.max_contiguous(tl.multiple_of(found, 4), 4)

@@ -99,9 +99,9 @@ def count_steps_(stacks: Sequence[Stack], gate: Gate) -> None:
     else:
         t_mean = t
     lr = options["lr"].to(t).view(()) if isinstance(options["lr"], Tensor) else options["lr"]
-    weights = _weights((beta1, beta2, beta2, MOMENT_BETA), (t_mean, t, (t - 1).clamp_min(1), t))
+    weights = _weights((beta1, beta2, beta2, MOMENT_BETA), [t_mean, t, (t - 1).clamp_min(1), t])
     # The first weight is 1 only up to rounding: above it, an average could get negative.
-    mean, square, pair, moment = torch.stack(weights).clamp_max_(1.0).mul_(gate.active).unbind()
+    mean, square, pair, moment = torch.stack(list(weights)).clamp_max_(1.0).mul_(gate.active).unbind()
     floors = floor(options["eps"], torch.where(gate.finite, gate.largest, 0.0), stacks[0].layouts[0].dtype)
     usable = gate.finite.double()
     rows = Numbers(mean, square, pair, t, usable * lr, floors, moment, usable)
@@ -109,11 +109,11 @@ def count_steps_(stacks: Sequence[Stack], gate: Gate) -> None:
         stack.rows = own
 
 
-def _weights(betas: Sequence[float | Tensor], counts: Sequence[Tensor]) -> Sequence[Tensor]:
+def _weights(betas: Sequence[Any], counts: list[Tensor]) -> Sequence[Tensor]:
     """``(1 - beta) / (1 - beta^count)`` for each pair, by few operations: a step of small tensors is made of them."""
     if any(isinstance(beta, Tensor) for beta in betas):
-        betas = [counts[0].new_full((), beta) if not isinstance(beta, Tensor) else beta.double() for beta in betas]
-        logs: list[Any] = [beta.log().view(()) for beta in betas]
+        betas = [beta.double().view(()) if isinstance(beta, Tensor) else counts[0].new_full((), beta) for beta in betas]
+        logs: list[Any] = [beta.log() for beta in betas]
     else:
         logs = [math.log(beta) if beta else -math.inf for beta in betas]
     weights = torch._foreach_mul(counts, logs)

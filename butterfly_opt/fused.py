@@ -162,8 +162,7 @@ def _step_list_(members: Sequence[Member], numbers: Tensor) -> None:
     observed = {own.observed for own in members}
     if tables.BEFORE in observed:
         _forth_(operands._replace(values=operands.values[:1]), tables.BEFORE, is_step=False, observed=tables.BEFORE)
-        for axis in operands.tables.rotated:
-            refit.refit_(operands, axis=axis, gate=tables.BEFORE, shift=SHIFT[torch.float32])
+        refit.refit_(operands, gate=tables.BEFORE, shift=SHIFT[torch.float32])
     capturable = members[0].stack.options["capturable"] and observed != {None}
     within = tables.WITHIN if tables.WITHIN in observed or capturable else None
     _forth_(operands, tables.USABLE, is_step=True, observed=within)
@@ -194,8 +193,7 @@ def _forth_(operands: tables.Operands, gate: int, *, is_step: bool, observed: in
     """The way forth; with ``observed`` the second moments of what enters each level."""
     kernels.forth_(operands, gate=gate, step=is_step, observe=observed is not None)
     if observed is not None:
-        for axis in operands.tables.rotated:
-            refit.observe_(operands, axis=axis, gate=observed)
+        refit.observe_(operands, gate=observed)
 
 
 def _operands(members: Sequence[Member], numbers: Tensor) -> tables.Operands:

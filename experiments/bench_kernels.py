@@ -162,21 +162,15 @@ def kernel_cases(stacks: Sequence[Stack], diagonal: str) -> Iterator[Case]:
     entries = sum(rotation.matrices.numel() for stack in stacks for _, rotation in stack.whole_rotations)
     note("bytes a parameter, " + diagonal + ": " + ", ".join(f"{k} {v / numel:.1f}" for k, v in moved.items() if k))
 
-    def each_axis(function: Callable[..., object], **options: Any) -> None:
-        for operands in lists:
-            for axis in operands.tables.rotated:
-                function(operands, axis=axis, **options)
-
-    def on_axes(function: Callable[..., object], **options: Any) -> Callable[[], None]:
-        return functools.partial(each_axis, function, **options)
-
     forth_ = functools.partial(kernels.forth_, gate=tables.USABLE, step=True, observe=True)
+    observe_ = functools.partial(refit.observe_, gate=tables.WITHIN)
+    refit_ = functools.partial(refit.refit_, gate=tables.WITHIN, shift=1e-6)
     forth = moved["leaves"] + moved["later levels"] + moved["moments"] / 2
     yield Case("forth", forth, functools.partial(_each, forth_, lists))
-    yield Case("observe", moved["moments"] / 2, on_axes(refit.observe_, gate=tables.WITHIN))
+    yield Case("observe", moved["moments"] / 2, functools.partial(_each, observe_, lists))
     write_ = functools.partial(kernels.back_, stochastic=False, write=True)
     yield Case("back", moved["back, later"] + moved["back, leaves"], functools.partial(_each, write_, lists))
-    yield Case("refit", 16 * entries, on_axes(refit.refit_, gate=tables.WITHIN, shift=1e-6))
+    yield Case("refit", 16 * entries, functools.partial(_each, refit_, lists))
     yield Case("plain step", moved["together"], functools.partial(_plain_step, "triton", stacks))
 
 

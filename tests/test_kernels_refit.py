@@ -21,7 +21,7 @@ if os.environ.get("BUTTERFLY_ALL_LENGTHS"):
 
 def refit_(ours: Rotation, weights: list[float], shift: float = SHIFT[torch.float32]) -> None:
     operands = make_operands([ours, None], torch.zeros(ours.count, ours.plan.n, 1, device=DEVICE), weights)
-    refit.refit_(operands, axis=0, gate=tables.BEFORE, shift=shift)
+    refit.refit_(operands, gate=tables.BEFORE, shift=shift)
 
 
 def factor(a: Tensor) -> Tensor:

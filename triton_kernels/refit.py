@@ -145,41 +145,42 @@ def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, scratch_ptr, 
     tl.store(matrices_ptr + mirrored, after, mask=inside)
 
 
-def observe_(operands: Operands, *, axis: int, gate: int) -> None:
-    """Takes the partial moments of ``step.forth_`` into those of all groups of an axis.
+def observe_(operands: Operands, *, gate: int) -> None:
+    """Takes the partial moments of ``step.forth_`` into those of all groups.
 
     Equals ``butterfly_opt.rotation.Rotation.observe_``.
 
     Args:
         operands: of the step.
-        axis: 0 for rows, 1 for columns.
         gate: the column of ``numbers`` that holds the weights of the innovation in the second moments.
     """
-    tables, width = operands.tables, operands.tables.axes[axis].width
-    _observe_kernel[(len(tables.groups[axis]), -(-width * width // 256))](
-        tables.tiles, tables.groups[axis], operands.numbers, operands.partials[axis], gate, WIDTH=width, SLICE=256,
-        AHEAD=16, ALONE=tables.parts[0].alone,
-    )  # fmt: skip
+    tables = operands.tables
+    for pool, width in tables.widths.items():
+        _observe_kernel[(len(tables.groups[pool]), -(-width * width // 256))](
+            tables.tiles, tables.groups[pool], operands.numbers, operands.partials[pool], gate, WIDTH=width, SLICE=256,
+            AHEAD=16, ALONE=tables.parts[0].alone,
+        )  # fmt: skip
 
 
-def refit_(operands: Operands, *, axis: int, gate: int, shift: float) -> None:
-    """One orthogonal iteration of every group of an axis, from the leaves to the root, in place.
+def refit_(operands: Operands, *, gate: int, shift: float) -> None:
+    """One orthogonal iteration of every group, from the leaves to the roots, in place.
 
     Equals ``butterfly_opt.rotation.Rotation.refit_``.
 
     Args:
         operands: of the step.
-        axis: 0 for rows, 1 for columns.
         gate: the column of ``numbers`` that is 0 for matrices whose basis stays as it is.
         shift: added to the diagonal of a moment, over its trace.
     """
     tables = operands.tables
-    width, lead = tables.axes[axis].width, tables.axes[axis].lead
+    # Plans of one stage have none: theirs are roots, whose outputs go nowhere.
+    lead = max(axis.lead for axis in tables.axes)
     changes = operands.values.new_empty(max(1, tables.changes))
     for number, level in enumerate(tables.levels):
-        if groups := len(level.groups[axis]):
-            _refit_kernel[(groups,)](
-                tables.tiles, level.groups[axis], operands.numbers, changes, operands.partials[axis], gate,
-                max(lead, 1), shift, WIDTH=width, ALONE=tables.parts[0].alone, TRANSPORT=number > 0 and lead > 0,
-                CHANGE=lead > 0, num_warps=width // 16,
-            )  # fmt: skip
+        for pool, width in tables.widths.items():
+            if groups := len(level.groups[pool]):
+                _refit_kernel[(groups,)](
+                    tables.tiles, level.groups[pool], operands.numbers, changes, operands.partials[pool], gate,
+                    max(lead, 1), shift, WIDTH=width, ALONE=tables.parts[0].alone, TRANSPORT=number > 0 and lead > 0,
+                    CHANGE=lead > 0, num_warps=width // 16,
+                )  # fmt: skip

@@ -368,7 +368,8 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
     for level in range(len(operands.tables.levels)):
         _launch(
             _forth_kernel, operands, level, None if operands.regression else "forth", operands.addresses,
-            operands.flags, operands.means, operands.sums, *operands.partials, gate, STEP=step, OBSERVE=observe,
+            operands.flags, operands.means, operands.sums, *(operands.partials[pool] for pool in operands.tables.pools),
+            gate, STEP=step, OBSERVE=observe,
             DECAY=operands.decays, GRAD=_dtype(operands, "gradients"), PARAM=_dtype(operands, "parameters"),
             REGRESSION=operands.regression, SIGNAL=operands.signal,
         )  # fmt: skip

@@ -100,7 +100,7 @@ class Part(NamedTuple):
 
 
 class Level(NamedTuple):
-    """What a launch does: its programs, and of rows and columns the groups of tiles that it rotates."""
+    """What a launch does: its programs, and of each pool the groups of tiles that it rotates."""
 
     programs: Tensor
     groups: list[Tensor]
@@ -113,8 +113,10 @@ class Tables(NamedTuple):
         parts: what they were made of.
         matrices: see the module; so ``tiles``.
         levels: from the leaves to the roots.
-        groups: of rows and columns, those of all levels.
-        partials: how many partial moments rows and columns have.
+        pools: of rows and columns, where their groups and partial moments are: in one if their tiles have one width, so
+            that a launch serves both.
+        groups: of each pool, those of all levels.
+        partials: how many partial moments each pool has.
         programs: of all levels.
         changes: numbers that a refit hands on from level to level.
         volume: elements of all matrices.
@@ -124,6 +126,7 @@ class Tables(NamedTuple):
     matrices: Tensor
     tiles: Tensor
     levels: list[Level]
+    pools: tuple[int, int]
     groups: list[Tensor]
     partials: list[int]
     programs: int
@@ -140,6 +143,11 @@ class Tables(NamedTuple):
         """Which axes are rotated."""
         return [i for i, axis in enumerate(self.axes) if axis.matrices is not None]
 
+    @property
+    def widths(self) -> dict[int, int]:
+        """The widths of tiles of pools that have any."""
+        return {self.pools[i]: self.axes[i].width for i in self.rotated}
+
 
 class Operands(NamedTuple):
     """What one step of a list reads and writes.
@@ -152,7 +160,7 @@ class Operands(NamedTuple):
         flags: int32, one a program of the leaves, scratch.
         means: float32 ``(matrices, 2)``, of B and |C| before this step, and after it those of it (secant).
         sums: float64, one pair a program, scratch: of B and |C|.
-        partials: of rows and columns, scratch ``(partials, width, width)``.
+        partials: of each pool, scratch ``(partials, width, width)``.
         dtypes: of gradients and parameters.
         aligned: see ``Part``; of gradients and parameters as well.
         decays: L2 decay is added to gradients.
@@ -196,10 +204,12 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
     places = torch.empty_like(of_all).index_copy_(0, of_all.argsort(stable=True), torch.arange(len(of_all)))
     sums = of_all.bincount()
     levels, partials = [], [0, 0]
+    pools = 0, int(parts[0].axes[0].width != parts[0].axes[1].width)
     for own, place in zip(programs, places.split(list(map(len, programs))), strict=True):
-        (row_slots, row_groups), (column_slots, column_groups) = (_slots(own, i, rows, partials) for i in (0, 1))
-        own = torch.cat([own, torch.stack([place, row_slots, column_slots], dim=1)], dim=1).int()
-        on_device = [tiles.to_device(x, device) for x in (own, row_groups, column_groups)]
+        slots, groups = zip(*(_slots(own, i, rows, partials, pools[i]) for i in (0, 1)), strict=True)
+        own = torch.cat([own, torch.stack([place, *slots], dim=1)], dim=1).int()
+        pooled = [torch.cat([groups[i] for i in (0, 1) if pools[i] == pool] or [groups[0][:0]]) for pool in (0, 1)]
+        on_device = [tiles.to_device(x, device) for x in (own, *pooled)]
         levels.append(Level(on_device[0], on_device[1:]))
     of_matrices = torch.cat([_matrix_rows(parts), torch.stack([sums.cumsum(0) - sums, sums], dim=1)], dim=1)
     return Tables(
@@ -207,7 +217,8 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
         matrices=tiles.to_device(of_matrices, device),
         tiles=tiles.to_device(rows, device),
         levels=levels,
-        groups=[torch.cat([level.groups[axis] for level in levels]) for axis in (0, 1)],
+        pools=pools,
+        groups=[torch.cat([level.groups[pool] for level in levels]) for pool in (0, 1)],
         partials=partials,
         programs=len(of_all),
         changes=changes,
@@ -222,19 +233,19 @@ def _pairs(matrix: Tensor, rows: "Tiles", columns: "Tiles") -> Tensor:
     return torch.stack(own, dim=-1).flatten(0, 1)
 
 
-def _slots(programs: Tensor, axis: int, rows: Tensor, partials: list[int]) -> tuple[Tensor, Tensor]:
+def _slots(programs: Tensor, axis: int, rows: Tensor, partials: list[int], pool: int) -> tuple[Tensor, Tensor]:
     """Where the programs of a level leave their partial moments of an axis, those of a tile side by side; the groups.
 
-    ``partials`` counts on.
+    ``partials`` of the pool counts on.
     """
     own = programs[:, 1 + axis]
     turned = (rows[own, TILE.index("matrix")] != 0).nonzero().view(-1)
     turned = turned[own[turned].argsort(stable=True)]
-    slots = torch.full_like(own, -1).index_copy_(0, turned, partials[axis] + torch.arange(len(turned)))
+    slots = torch.full_like(own, -1).index_copy_(0, turned, partials[pool] + torch.arange(len(turned)))
     tile, counts = own[turned].unique_consecutive(return_counts=True)
-    firsts = partials[axis] + counts.cumsum(0) - counts
+    firsts = partials[pool] + counts.cumsum(0) - counts
     matrix = programs[turned, 0][counts.cumsum(0) - counts]
-    partials[axis] += len(turned)
+    partials[pool] += len(turned)
     return slots, torch.stack([matrix, tile, firsts, counts], dim=1).int()
 
 

@@ -28,13 +28,13 @@ Cost. Bytes a parameter, float32, in full width, for ``lead = block / 4``: 9/16 
 the next level (``experiments.bench_kernels.step_bytes`` counts them from the plans):
 
                       innovation                              secant
-    forth, leaves     g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar' 24; final A, B,
-                      others u, m 8                           C both ways, d 28; others u, w, m 12
-    later levels      u, m 8; final A, A', d 12; others 8     u, w, m 12; final A, B, C both ways, d 28; others 12
+    forth, leaves     g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar', u, w 32; final
+                      others u, m 8                           A, B, C both ways, d 28; others m 4
+    later levels      u, m 8; final A, A', d 12; others 8     u, w, m, u', w' 20; final A, B, C both ways, d 28; others 4
     moments           halves, written and read 6              the same
     back, later       d, d' 8                                 the same
     back, leaves      d, theta, theta' 12                     the same
-    together          62                                      95
+    together          62                                      103
 """
 
 from typing import Any
@@ -351,7 +351,7 @@ def _back_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr,
 
 MAX_REGISTERS = {"forth": 168, "back": 128}
 """Registers of a lane, so that three and four programs fit a multiprocessor: of GPT-2 on an H200 2.7 and 0.79 ms, as
-many as the compiler likes take 3.0 and 0.89. Secant's way forth spills below 255."""
+many as the compiler likes take 3.0 and 0.89. Secant's way forth spills below 255: a quarter slower with 168."""
 
 
 def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:

@@ -47,7 +47,7 @@ class Butterfly(Optimizer):
     product of stages of small rotations, fitted online in closed form to the changes of the gradient, and the step is
     Adam's in that basis:
 
-        theta -= lr Q ( m / (sqrt(V + 0.1 m^2) + eps) ),   m = Q^T (beta1 gbar + (1 - beta1) g)
+        theta -= lr Q ( m / (sqrt(V + 0.3 m^2) + eps) ),   m = Q^T (beta1 gbar + (1 - beta1) g)
 
     with ``gbar`` Adam's bias-corrected momentum and ``V`` the energy of what the gradient changes by, in rotated
     coordinates (``butterfly_opt.diagonal``). Source: M. Mathieu and Y. LeCun, "Fast Approximation of Rotations and
@@ -427,7 +427,7 @@ class Butterfly(Optimizer):
         return groups
 
     def preconditioner(self, target: Tensor | dict[str, Any] | None = None) -> RotatedDiagonal | DirectSum:
-        """What a step multiplies the momentum with, but for ``lr``: ``Q diag(1 / (sqrt(V + 0.1 m^2) + eps)) Q^T``.
+        """What a step multiplies the momentum with, but for ``lr``: ``Q diag(1 / (sqrt(V + 0.3 m^2) + eps)) Q^T``.
 
         With ``m = Q^T gbar``: a step also leans to the newest gradient, by the share ``1 - beta1``. For "secant" with
         the mean displacement and curvature of now, where a step takes those of the step before.

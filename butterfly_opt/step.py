@@ -35,10 +35,10 @@ MOMENT_BETA = 0.95
 """Decay a step of the second moments that the basis is fitted to: 0.9 sees too few gradients where few samples of a
 batch still have one, 0.98 is no better there and 0.99 follows the drift too late elsewhere."""
 
-SIGNAL = 0.1
-"""Weight of ``m^2`` under the root: without noise a coordinate moves by ``lr / sqrt(SIGNAL)``, 3.2 lr, at most. With 1,
-Adam's, losses with little noise end higher, and at a constant rate the last steps are too long; with 0.03 and 0.01 they
-end as with 0.1 (experiments/NOTES.md)."""
+SIGNAL = 0.3
+"""Weight of ``m^2`` under the root: without noise a coordinate moves by ``lr / sqrt(SIGNAL)``, 1.8 lr, at most. With 1,
+Adam's, losses with little noise end higher, above all at low rates, and at a constant rate the last steps are too long;
+less than 0.3 gains no more, and losses that are fitted to rounding end higher (experiments/NOTES.md)."""
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
 """Share of the largest gradient entry that a rotated coordinate must have: a few roundings, added up over stages."""

@@ -31,7 +31,7 @@ def repeated_grad(param: Tensor, step: int) -> Tensor:
 
 
 LR = 0.01
-BOUND = 1 / 0.1**0.5
+BOUND = 1 / 0.3**0.5
 BLOCKS = {"one block": {}, "several stages": {"block": 2, "lead": 1}, "radix 2": {"block": 2, "lead": 2}}
 
 

@@ -30,7 +30,7 @@ the next level (``experiments.bench_kernels.step_bytes`` counts them from the pl
                       innovation                              secant
     forth, leaves     g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar', u, w 32; final
                       others u, m 8                           A, B, C both ways, d 28; others m 4
-    later levels      u, m 8; final A, A', d 12; others 8     u, w, m, u', w' 20; final A, B, C both ways, d 28; others 4
+    later levels      u, m 8; final A, A', d 12; others 8     u, w, m, u', w' 20; the same
     moments           halves, written and read 6              the same
     back, later       d, d' 8                                 the same
     back, leaves      d, theta, theta' 12                     the same

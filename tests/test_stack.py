@@ -112,3 +112,23 @@ def test_regression_of_stacked_tensors() -> None:
         for name in ("slope", "noise", "energy", "tau"):
             torch.testing.assert_close(getattr(found, name)[i : i + 1], getattr(single, name))
     assert found.tau[2] == 0 < found.tau[0]
+
+
+def test_a_steady_step_describes_its_tensors_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts are made anew only where what they were made of has changed."""
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 4), (5,), (3, 4))]
+    opt = Butterfly(params)
+
+    def step() -> None:
+        for param in params:
+            param.grad = None if param is left_out else torch.randn_like(param)
+        opt.step()
+
+    left_out = None
+    step()
+    step()
+    monkeypatch.setattr("butterfly_opt.optimizer._layouts", lambda group: pytest.fail("made anew"))
+    step()
+    left_out = params[1]
+    with pytest.raises(pytest.fail.Exception, match="made anew"):
+        step()

@@ -44,7 +44,8 @@ def test_plain_numbers_for_every_group_and_tensor(diagonal: str) -> None:
 def test_curvature_and_noise_of_a_quadratic() -> None:
     curvature = torch.logspace(-1, 1, 20)
     param = nn.Parameter(torch.randn(20, generator=torch.Generator().manual_seed(0)))
-    opt = Butterfly([param], lr=1e-2, betas=(0.9, 0.8), diagonal="secant")
+    # Short steps: what has arrived moves no more.
+    opt = Butterfly([param], lr=5e-3, betas=(0.9, 0.8), diagonal="secant")
     for _ in range(100):
         param.grad = curvature * param.detach()
         opt.step()

@@ -145,12 +145,12 @@ class Life(RuleBasedStateMachine):
 
     @staticmethod
     def check_length(group: dict[str, Any], params: list[nn.Parameter], before: list[Tensor]) -> None:
-        """``|delta| <= sqrt(n) lr``, besides decoupled decay and rounding of the parameters."""
+        """``|delta| <= sqrt(n) lr / sqrt(0.3)``, besides decoupled decay and rounding of the parameters."""
         square, allowed = 0.0, 0.0
         decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
         for param, old in zip(params, before, strict=True):
             square += (param.detach().double() - old.double()).square().sum().item()
-            room = group["lr"] + old.double().abs() * (group["lr"] * decay + 4 * UNIT_ROUNDOFF[param.dtype])
+            room = group["lr"] / 0.3**0.5 + old.double().abs() * (group["lr"] * decay + 4 * UNIT_ROUNDOFF[param.dtype])
             allowed += room.square().sum().item()
         assert math.sqrt(square) <= math.sqrt(allowed) * (1 + 1e-2) + 1e-30
 

@@ -129,8 +129,8 @@ def step_bytes(
         name, back = ("later levels", "back, later") if i else ("leaves", "back, leaves")
         read = 4 * (vectors + 1) * here if i else 0.0
         found[name] += read + (here - further) * (8 * products + 4) + further * 4 * (vectors + 1)
-        # With secant u and w of final coordinates wait in scratch, too.
-        found[name] += (here - further) * 4 * vectors if diagonal == "secant" else 0.0
+        # With secant u and w of final coordinates that were turned wait in scratch, too.
+        found[name] += (here - further) * 4 * vectors if diagonal == "secant" and sides else 0.0
         found[back] += 8 * here if i else 0.0
         for plan, other in sides:
             if i < len(plan.stages):

@@ -250,7 +250,12 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
                 _store_moments(program_ptr + 5, column_partial_ptr, tl.trans(high), tl.trans(low), high, low, unit,
                                WIDTH)  # fmt: skip
         u = _turn(u, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
-    tl.store(values_ptr + offsets, u, mask=others if REGRESSION is None else mask)
+    # With secant the final ones too: read again rather than kept over products, nothing spills.
+    waits = others
+    if STEP and (REGRESSION is not None):
+        waits = mask
+    if ROWS or COLUMNS:
+        tl.store(values_ptr + offsets, u, mask=waits)
     if STEP:
         w = u
         if REGRESSION is not None:
@@ -258,11 +263,10 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
             if ROWS or COLUMNS:
                 w, unit = scaled(w)
                 w = _turn(w, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
-            # Read again rather than kept over a product: nothing spills then.
-            tl.store(disp_ptr + offsets, w, mask=mask)
-            tl.debug_barrier()
-            u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-            w = tl.load(disp_ptr + offsets, mask=mask, other=0.0)
+                tl.store(disp_ptr + offsets, w, mask=waits)
+                tl.debug_barrier()
+                u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
+                w = tl.load(disp_ptr + offsets, mask=mask, other=0.0)
         sums_ptr += tl.load(program_ptr + 3).to(tl.int64) * 2
         energy = _energy(u, w, matrix_ptr, numbers_ptr, means_ptr + matrix * 2, sums_ptr, offsets, final, REGRESSION,
                          ALIGNED)  # fmt: skip

@@ -128,7 +128,7 @@ def _member(stack: Stack, usable: Tensor) -> Member:
     plain = plain and len({grad.dtype for grad in gradients}) == 1
     if not plain or not all(tensor.is_contiguous() for tensor in (*gradients, *parameters)):
         plain = False
-        gradients = step.gradients(stack).split(batch)
+        gradients = step.gradients(stack).contiguous().split(batch)
         parameters = step.parameters(stack).contiguous().split(batch)
     of_grad, of_param = (rows * columns * tensors[0].element_size() for tensors in (gradients, parameters))
     starts = [(grad.data_ptr(), param.data_ptr()) for grad, param in zip(gradients, parameters, strict=True)]
@@ -173,7 +173,7 @@ def _step_list_(members: Sequence[Member], numbers: Tensor) -> None:
     for own, change in zip(members, changes, strict=True):
         changed += [*own.part.averages.values(), *([] if gathered else own.parameters)]
         if gathered:
-            step.write_(own.stack, change.view_as(own.stack.averages["exp_avg"]), own.stack.numbers)
+            step.write_(own.stack, change.view_as(own.stack.averages["exp_avg"]))
         if own.observed:
             # Rotation.dense notices new matrices by their version.
             changed += [x for axis in own.part.axes for x in (axis.matrices, axis.moments) if x is not None]
@@ -183,7 +183,7 @@ def _step_list_(members: Sequence[Member], numbers: Tensor) -> None:
 
 def _start_(own: Member) -> None:
     """The first fit, of bases that have seen nothing."""
-    y = step.gradients(own.stack).sub_(own.stack.averages["exp_avg"])
+    y = step.gradients(own.stack) - own.stack.averages["exp_avg"]
     y = torch.where(own.stack.per_tensor(own.usable), y, 0.0)
     for dim, rotation in own.stack.whole_rotations:
         rotation.start_(y if dim == -2 else y.mT)

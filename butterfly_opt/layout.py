@@ -93,15 +93,26 @@ class TensorLayout:
         return self.owner.shape if len(self.params) == 1 else torch.Size((self.shape[1],))
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor per parameter, as one tensor of ``shape`` in the arithmetic dtype; it may alias."""
-        if len(tensors) == 1:
-            return local(tensors[0]).to(self.dtype).reshape(self.shape)
-        return torch.cat([tensor.to(self.dtype).reshape(-1) for tensor in tensors]).view(self.shape)
+        """Tensors in the shapes of the parameters as ``(count, rows, columns)``, in the arithmetic dtype; may alias.
 
-    def scatter(self, tensor: Tensor) -> list[Tensor]:
-        """The inverse of ``gather``: views (where possible) in the shapes of the parameters, or of their shards."""
+        Args:
+            tensors: one for each parameter; of one parameter also those of several that are laid out like it.
+        """
+        batch, rows, columns = self.shape
+        if len(self.params) > 1:
+            return torch.cat([tensor.to(self.dtype).reshape(-1) for tensor in tensors]).view(self.shape)
+        together = tensors[0] if len(tensors) == 1 else torch.stack(list(tensors))
+        return together.to(self.dtype).reshape(len(tensors) * batch, rows, columns)
+
+    def scatter(self, tensor: Tensor, count: int = 1) -> Sequence[Tensor]:
+        """The inverse of ``gather``: views (where possible) in the shapes of the parameters, or of their shards.
+
+        Args:
+            tensor: ``(count * batch, rows, columns)``.
+            count: tensors that are laid out like this one.
+        """
         if len(self.params) == 1:
-            return [tensor.reshape(local(self.owner).shape)]
+            return tensor.reshape(count, *local(self.owner).shape).unbind()
         parts = tensor.reshape(-1).split([param.numel() for param in self.params])
         return [part.view(param.shape) for part, param in zip(parts, self.params, strict=True)]
 

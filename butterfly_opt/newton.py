@@ -84,9 +84,7 @@ def backtrack(stacks: Sequence[Stack], closure: Callable[[], Any], loss: Any) ->
         for stack, step in zip(stacks, moved, strict=True):
             _take_pair_(stack, gradients(stack))
             half = torch.add(stack.averages["prev_param"], step, alpha=0.5)
-            for layout in stack.layouts:
-                for param, part in zip(layout.params, layout.scatter(half), strict=True):
-                    param.copy_(part)
+            torch._foreach_copy_(stack.params, list(stack.scatter(half)))
         with torch.enable_grad():
             loss = closure()
         for stack in stacks:
@@ -122,7 +120,7 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
     else:
         direction = grad / grad.abs().sum().clamp_min(1.0)
     # Coordinates that never had a gradient are not moved by those that had.
-    write_(stack, direction.mul_(-n.lr).masked_fill_(grad == 0, 0.0), n)
+    write_(stack, direction.mul_(-n.lr).masked_fill_(grad == 0, 0.0))
 
 
 def _take_pair_(stack: Stack, grad: Tensor) -> None:

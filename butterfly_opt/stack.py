@@ -68,7 +68,7 @@ def new_state(layout: TensorLayout, options: Any) -> State:
         )
     if "param_avg" in state:
         # thetabar_0 = theta_1, so that the first displacement is zero.
-        start = layout.gather([p.detach() for p in layout.params])
+        start = layout.gather([local(param.detach()) for param in layout.params])
         local(state["param_avg"]).copy_(start.view_as(local(state["param_avg"])))
     for dim, names in zip(layout.rotated, basis_names(layout), strict=True):
         state |= zip(names, new_basis(layout, dim, options), strict=True)
@@ -154,6 +154,7 @@ class Stack:
 
     Attributes:
         layouts: the tensors.
+        params: the parameters that they are made of, in order.
         states: their states.
         options: options of their group.
         averages: the averages of all, each ``(count, rows, columns)``.
@@ -171,6 +172,7 @@ class Stack:
 
     def __init__(self, layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, phase: int) -> None:
         self.layouts, self.states, self.options, self.phase = layouts, states, options, phase
+        self.params = [param for layout in layouts for param in layout.params]
         shard = sum(cut.index for _, cut in layouts[0].cuts)
         self.streams = [(shard << 24) + (phase << 16) + i for i in range(len(layouts))]
         self.rows: Tensor
@@ -290,6 +292,14 @@ class Stack:
         for cut in cuts.values():
             sums = await Sum(sums, cut.group)
         return (sums / (layout.owner.numel() // batch)).unbind()
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor for each of ``params`` as ``(count, rows, columns)``, see ``TensorLayout.gather``."""
+        return self.layouts[0].gather(tensors)
+
+    def scatter(self, tensor: Tensor) -> Sequence[Tensor]:
+        """The inverse of ``gather``."""
+        return self.layouts[0].scatter(tensor, len(self.layouts))
 
     def per_tensor(self, values: Tensor) -> Tensor:
         """Numbers of each tensor ``(tensors,)``, to broadcast: ``(count, 1, 1)``."""

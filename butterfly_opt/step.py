@@ -53,13 +53,14 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
     """
     averages, options, n = stack.averages, stack.options, stack.numbers
     exp_avg, energy = averages["exp_avg"], averages["exp_avg_sq"]
-    y = gradients(stack).sub_(exp_avg)
+    grad = gradients(stack)
     if not stack.all_usable:
-        y = torch.where(stack.per_tensor(usable), y, 0.0)
-    exp_avg.addcmul_(y, n.mean)
+        # What is not finite leaves no trace: as a gradient that is what was expected.
+        grad = torch.where(stack.per_tensor(usable), grad, exp_avg)
+    y = grad - exp_avg
+    exp_avg.lerp_(grad, n.mean)
     await fit_basis_(stack, y, n, usable)
-    # g - gbar = (1 - a) y.
-    ahead = torch.addcmul(exp_avg, y, n.mean * (1 - n.mean))
+    ahead = exp_avg.lerp(grad, n.mean)
     if options["diagonal"] == "innovation":
         u, m = await stack.to_rotated(y, ahead)
         average_product_(energy, u, u, n.square)
@@ -76,7 +77,7 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
         energy = regress(energy, disp_sq, cross, beta2=options["betas"][1], step=n.step, means=means).energy
     scale = torch.addcmul(energy, m, m, value=SIGNAL).sqrt_().add_(n.floor)
     change = (await stack.from_rotated(m.div_(scale))).mul_(-n.lr)
-    write_(stack, change.masked_fill_(exp_avg == 0, 0.0), n)
+    write_(stack, change.masked_fill_(exp_avg == 0, 0.0))
 
 
 def count_steps_(stacks: Sequence[Stack], gate: Gate) -> None:
@@ -168,42 +169,43 @@ def gradient(param: Tensor, grad: Tensor, options: Options, dtype: torch.dtype) 
 
 
 def gradients(stack: Stack) -> Tensor:
-    """The gradients, with L2 decay and ``maximize``, a new tensor; parameters without one have no innovation."""
-    options = stack.options
-    means = stack.averages["prev_grad" if options["diagonal"] == "newton" else "exp_avg"]
-
-    def own(param: Tensor, mean: Tensor) -> Tensor:
-        return mean if param.grad is None else gradient(param, param.grad, options, mean.dtype)
-
-    grads = [
-        layout.gather([own(*pair) for pair in zip(layout.params, layout.scatter(mean), strict=True)])
-        for layout, mean in zip(stack.layouts, means.split(stack.shape[0]), strict=True)
-    ]
-    return torch.cat(grads) if len(grads) > 1 else grads[0].clone()
+    """The gradients, with L2 decay and ``maximize``; they may be aliased. Parameters without one have no innovation."""
+    layout, options, params = stack.layouts[0], stack.options, stack.params
+    expected: Sequence[Tensor] = params
+    if any(param.grad is None for param in params):
+        expected = stack.scatter(stack.averages["prev_grad" if options["diagonal"] == "newton" else "exp_avg"])
+    return stack.gather(
+        [
+            mean if param.grad is None else gradient(param, param.grad, options, layout.dtype)
+            for param, mean in zip(params, expected, strict=True)
+        ]
+    )
 
 
 def parameters(stack: Stack) -> Tensor:
     """The parameters ``(count, rows, columns)`` in the dtype of the state; they may be aliased."""
-    own = [layout.gather([param.detach() for param in layout.params]) for layout in stack.layouts]
-    return torch.cat(own) if len(own) > 1 else own[0]
+    return stack.gather([local(param.detach()) for param in stack.params])
 
 
-def write_(stack: Stack, change: Tensor, n: Numbers) -> None:
+def write_(stack: Stack, change: Tensor) -> None:
     """``theta <- theta (1 - lr weight_decay) + change``, rounded once; parameters without a gradient stay."""
-    options, batch = stack.options, stack.shape[0]
+    options, own = stack.options, Numbers(*stack.rows)
     decays = bool(options["weight_decay"]) and options["decoupled_weight_decay"]
-    keep = 1 - n.lr * options["weight_decay"] if decays else n.lr
-    for i, (layout, own) in enumerate(zip(stack.layouts, change.split(batch), strict=True)):
-        for part, param in zip(layout.scatter(own), layout.params, strict=True):
-            if param.grad is None:
-                continue
-            param = local(param)
-            if param.dtype == part.dtype:
-                param.mul_(keep[i * batch].view(())) if decays else None
-                param.add_(part)
-                continue
-            value = param.to(part.dtype)
-            value = value * keep[i * batch].view(()) + part if decays else value + part
-            if options["stochastic_rounding"] and param.dtype == torch.bfloat16:
-                value = round_stochastically(value, stream=stack.streams[i], step=n.step[i * batch].view(()))
-            param.copy_(value)
+    keep = 1 - own.lr * options["weight_decay"] if decays else own.usable
+    is_mixed = stack.params[0].dtype != change.dtype
+    if is_mixed:
+        theta = parameters(stack)
+        change = theta * stack.per_tensor(keep).to(theta.dtype) + change if decays else theta + change
+    if is_mixed and options["stochastic_rounding"] and stack.params[0].dtype == torch.bfloat16:
+        rows = zip(change.view(len(own.step), -1), stack.streams, own.step, strict=True)
+        rounded = [round_stochastically(row, stream=stream, step=step) for row, stream, step in rows]
+        change = torch.stack(rounded).view(change.shape)
+    keeps = keep.unbind() * len(stack.layouts[0].params)
+    parts = zip(stack.params, stack.scatter(change), keeps, strict=True)
+    params, changes, factors = zip(*[(local(p), c, k) for p, c, k in parts if p.grad is not None], strict=True)
+    if is_mixed:
+        torch._foreach_copy_(params, changes)
+        return
+    if decays:
+        torch._foreach_mul_(params, factors)
+    torch._foreach_add_(params, changes)

@@ -290,7 +290,8 @@ def _part(stack: Stack) -> tables.Part:
     by_row, by_column = (all(stage.aligned for stage in (*axis.stages, axis.rest)) for axis in axes)
     kept = *averages.values(), *(axis.matrices for axis in axes if axis.matrices is not None)
     at_16 = all(x.data_ptr() % 16 == 0 for x in kept)
-    return tables.Part((count, rows, columns), averages, axes, stack.streams, (by_row and at_16, by_column and at_16))
+    streams = stack.streams[: len(stack.layouts)]
+    return tables.Part((count, rows, columns), averages, axes, streams, (by_row and at_16, by_column and at_16))
 
 
 def _axis(length: int, width: int, rotation: Rotation | None, device: torch.device) -> tables.Axis:

@@ -100,7 +100,7 @@ class TensorLayout:
         """
         batch, rows, columns = self.shape
         if len(self.params) > 1:
-            return torch.cat([tensor.to(self.dtype).reshape(-1) for tensor in tensors]).view(self.shape)
+            return torch.cat([tensor.reshape(-1) for tensor in tensors]).to(self.dtype).view(self.shape)
         together = tensors[0] if len(tensors) == 1 else torch.stack(list(tensors))
         return together.to(self.dtype).reshape(len(tensors) * batch, rows, columns)
 

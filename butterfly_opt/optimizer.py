@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +22,14 @@ from butterfly_opt.operators import DirectSum, RotatedDiagonal
 from butterfly_opt.options import MAX_GRAD, Options, check_parameter, check_sharded, validate
 from butterfly_opt.stack import (
     COUNTERS,
+    Cohort,
     Gate,
     Stack,
     State,
     check_state,
-    count_calls_,
-    make_stacks,
+    make_cohorts,
     move_state_,
     new_state,
-    release,
 )
 from butterfly_opt.step import count_steps_, gradient
 
@@ -146,8 +144,8 @@ class Butterfly(Optimizer):
 
     def _forget(self) -> None:
         """Drops what is derived from the state."""
-        self._stacks: dict[int, list[Stack]] = {}
-        self._made_of: dict[int, Any] = {}
+        # Of each group, with what they were made of.
+        self._cohorts: dict[int, tuple[Any, list[Cohort]]] = {}
         self._known_skips = 0
         self._has_matrix: dict[int, bool] = {}
 
@@ -303,43 +301,41 @@ class Butterfly(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [self._stacks_of(index) for index in range(len(self.param_groups))]
-        full_batch = [stack for group in groups for stack in group if stack.options["diagonal"] == "newton"]
+        cohorts = [cohort for index in range(len(self.param_groups)) for cohort in self._cohorts_of(index)]
+        stacks = [stack for cohort in cohorts for stack in cohort.stacks]
+        full_batch = [stack for stack in stacks if stack.options["diagonal"] == "newton"]
         if full_batch and closure is not None and loss is not None:
             loss = newton.backtrack(full_batch, closure, loss)
-        counted = self._count(groups)
+        # All pass the gate before anything changes.
+        gates = [self._gate(cohort) for cohort in cohorts]
+        counted: list[tuple[Stack, Tensor]] = []
+        for cohort, gate in zip(cohorts, gates, strict=True):
+            count_steps_(cohort, gate)
+            counted += cohort.count_calls_(gate)
         # Where one is skipped the last step stays the one that the next loss is compared with.
         if full_batch and all(any(stack is own for own, _ in counted) for stack in full_batch):
             newton.remember_loss_(full_batch, loss)
         run(steps_of(counted))
         return loss
 
-    def _count(self, groups: list[list[Stack]]) -> list[tuple[Stack, Tensor]]:
-        """Passes the gate and counts the step: the stacks to be stepped, with their usable tensors, in order."""
-        places = [stacks for group in groups for stacks in _by_device(group)]
-        gates = [self._gate(stacks) for stacks in places]
-        pairs: list[tuple[Stack, Tensor]] = []
-        for stacks, gate in zip(places, gates, strict=True):
-            count_steps_(stacks, gate)
-            pairs += count_calls_(stacks, gate)
-        return pairs
-
-    def _stacks_of(self, index: int) -> list[Stack]:
-        """The stacks of a group's tensors that have a gradient: those of the step before, if nothing has changed."""
+    def _cohorts_of(self, index: int) -> list[Cohort]:
+        """Those of a group's tensors that have a gradient: those of the step before, if nothing has changed."""
         group = self.param_groups[index]
-        described, known = _described(group), self._stacks.get(index, [])
-        if described == self._made_of.get(index) and all(stack.is_current() for stack in known):
+        described, (made_of, known) = _described(group), self._cohorts.get(index, (None, []))
+        stacks = [stack for cohort in known for stack in cohort.stacks]
+        if described == made_of and all(stack.is_current() for stack in stacks):
             return known
         if self._has_matrix.get(index) and all(param.dim() < 2 for param in group["params"]):
             raise RuntimeError(
                 "the matrices of this group were replaced by flat vectors, as DeepSpeed's ZeRO does, which hides what "
                 "Butterfly rotates; shard the model with torch.distributed.fsdp.fully_shard"
             )
-        release(known)
+        for stack in stacks:
+            stack.release()
         layouts = [layout for layout in _layouts(group) if any(_has_gradient(param) for param in layout.params)]
         states = [self._state_of(layout, group) for layout in layouts]
-        self._stacks[index], self._made_of[index] = make_stacks(layouts, states, group), described
-        return self._stacks[index]
+        self._cohorts[index] = described, make_cohorts(layouts, states, group)
+        return self._cohorts[index][1]
 
     def _state_of(self, layout: TensorLayout, group: Options) -> State:
         """The state of a tensor, made at its first gradient, and anew where it fits no more."""
@@ -358,34 +354,30 @@ class Butterfly(Optimizer):
         move_state_(state, layout)
         return state
 
-    def _gate(self, stacks: list[Stack]) -> Gate:
+    def _gate(self, cohort: Cohort) -> Gate:
         """Which tensors may step: the only gate there is.
 
         A tensor whose gradients have all been zero so far is not ``active``: a dummy step of zeros on a fresh
         optimizer, as loaders make it, leaves no trace.
 
-        Args:
-            stacks: of one group and device.
-
         Cost: one pass over the gradients. On a GPU nothing is read on the host.
         """
-        layouts = [layout for stack in stacks for layout in stack.layouts]
-        largest = _largest_entries(layouts, stacks[0].options)
+        largest = _largest_entries(cohort.layouts, cohort.options)
         finite = largest < MAX_GRAD
         has_data = type(finite) is Tensor and finite.device.type != "meta"
-        raises = has_data and stacks[0].options["on_nonfinite"] == "raise"
+        raises = has_data and cohort.options["on_nonfinite"] == "raise"
         # Asked of the CPU, or where the user wants it: of a GPU it waits. There ``diagnostics`` warns.
-        if (raises or stacks[0].is_readable) and not bool(finite.all()):
+        if (raises or cohort.is_readable) and not bool(finite.all()):
             if raises:
                 raise FloatingPointError(
                     f"non-finite gradient (largest entry {largest[~finite][0].item()}) of the tensor of shape "
-                    f"{tuple(layouts[int((~finite).long().argmax())].state_shape)}; "
+                    f"{tuple(cohort.layouts[int((~finite).long().argmax())].state_shape)}; "
                     "on_nonfinite='skip' leaves such steps out"
                 )
             if not self._known_skips:
                 self._warn_of_skips(int((~finite).sum()))
         # One that has stepped goes on also with a gradient of zeros.
-        goes_on = torch.maximum(largest, torch.cat([stack.counters["step"] for stack in stacks])) > 0
+        goes_on = torch.maximum(largest, cohort.counters["step"]) > 0
         return Gate(finite, finite & goes_on, largest)
 
     def _warn_of_skips(self, skips: int) -> None:
@@ -588,13 +580,6 @@ def _has_gradient(param: Tensor) -> bool:
     if grad is not None and grad.is_sparse:
         raise RuntimeError("Butterfly does not support sparse gradients; use dense ones (sparse=False)")
     return grad is not None and param.numel() > 0
-
-
-def _by_device(stacks: list[Stack]) -> list[list[Stack]]:
-    places: dict[torch.device, list[Stack]] = defaultdict(list)
-    for stack in stacks:
-        places[stack.layouts[0].owner.device].append(stack)
-    return list(places.values())
 
 
 def _largest_entries(layouts: list[TensorLayout], options: Options) -> Tensor:

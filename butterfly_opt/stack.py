@@ -20,7 +20,7 @@ one call for all of them and copies nothing. A state that was replaced (``load_s
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from inspect import iscoroutine
 from typing import Any, NamedTuple
 
@@ -150,21 +150,23 @@ class Numbers(NamedTuple):
 
 
 class Stack:
-    """Tensors of equal shape, dtype, device and schedule, ``(count, rows, columns)`` together.
+    """Tensors of equal dtype, device and schedule that step together.
+
+    Of equal shape they are ``(count, rows, columns)``; vectors of several lengths are one, ``(1, 1, columns)``.
 
     Attributes:
         layouts: the tensors.
         params: the parameters that they are made of, in order.
         states: their states.
         options: options of their group.
+        shape: ``(batch, rows, columns)`` of each tensor, or of the vectors together.
         averages: the averages of all, each ``(count, rows, columns)``.
-        counters: the counters, each ``(count,)``.
+        counters: the counters, each ``(tensors,)``.
         rotations: the rotated dimensions with their rotations.
-        earlier_steps: ``(count,)``, or None.
         phase: number of the stack in its group; it shifts the schedule, so that not all refit in one step.
-        streams: random streams for rounding, one a tensor.
+        streams: random streams for rounding, one a parameter.
         active: bool ``(tensors,)``, see ``Gate``.
-        rows: the numbers of this step, float64 ``(len(Numbers), tensors)``.
+        rows: the numbers of this step, ``(len(Numbers), tensors)`` in the dtype of the state.
         is_readable: whether the host may look at numbers without waiting: on a CPU, unless it pretends to be captured
             or its tensors are fake.
         all_usable: whether the host knows that no tensor is skipped this step.
@@ -173,18 +175,23 @@ class Stack:
     def __init__(self, layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, phase: int) -> None:
         self.layouts, self.states, self.options, self.phase = layouts, states, options, phase
         self.params = [param for layout in layouts for param in layout.params]
+        first, device = layouts[0], layouts[0].owner.device
+        self._lengths: Tensor | None = None
+        if any(layout.shape != first.shape for layout in layouts):
+            self._lengths = torch.tensor([layout.shape[-1] for layout in layouts], device=device)
+            first = TensorLayout(tuple(self.params), (1, 1, sum(layout.shape[-1] for layout in layouts)), ())
+        self._joint, self.shape = first, first.shape
+        self._count = 1 if len(first.params) > 1 else len(layouts)
         shard = sum(cut.index for _, cut in layouts[0].cuts)
-        self.streams = [(shard << 24) + (phase << 16) + i for i in range(len(layouts))]
+        self.streams = [(shard << 24) + (phase << 16) + i for i in range(len(self.params))]
         self.rows: Tensor
-        self.active = torch.ones(len(layouts), dtype=torch.bool, device=layouts[0].owner.device)
-        is_on_host = self.active.device.type == "cpu" and type(self.active) is Tensor
+        self.active = torch.ones(len(layouts), dtype=torch.bool, device=device)
+        is_on_host = device.type == "cpu" and type(self.active) is Tensor
         self.is_readable = is_on_host and not options["capturable"]
         self.all_usable, self._is_settled = False, True
-        _, rows, columns = self.shape = layouts[0].shape
-        bases = basis_names(layouts[0])
-        self._names = [*COUNTERS, *AVERAGES[options["diagonal"]], *(name for names in bases for name in names)]
-        names = AVERAGES[options["diagonal"]]
-        count = len(layouts) * self.shape[0]
+        batch, rows, columns = self.shape
+        count, names, bases = self._count * batch, AVERAGES[options["diagonal"]], basis_names(layouts[0])
+        self._names = [*COUNTERS, *names, *(name for names in bases for name in names)]
         self.averages = {name: self._join(name).view(count, rows, columns) for name in names}
         # A counter for each tensor of a batch: they step together.
         self.counters = {name: self._join(name) for name in COUNTERS}
@@ -193,8 +200,6 @@ class Stack:
             basis = [self._join(name) for name in (matrices, moments)]
             flat = [own.view(count, own.shape[2:].numel()) for own in basis]
             self.rotations.append((dim, rotation_of(layouts[0], dim, options, *flat)))
-        earlier = [state["earlier_steps"] for state in states]
-        self.earlier_steps = torch.tensor(earlier, device=layouts[0].owner.device) if any(earlier) else None
         self._views = [(state, name, state[name]) for state in states for name in self._names]
 
     def _join(self, name: str) -> Tensor:
@@ -202,10 +207,19 @@ class Stack:
         own = [local(state[name]) for state in self.states]
         if len(own) == 1:
             return own[0].unsqueeze(0)
-        joined = torch.stack(own)
-        for state, view in zip(self.states, joined.unbind(), strict=True):
+        is_ragged = self._lengths is not None and name not in COUNTERS
+        joined = self._joint.gather(own) if is_ragged else torch.stack(own)
+        views = self._joint.scatter(joined) if is_ragged else joined.unbind()
+        for state, view in zip(self.states, views, strict=True):
             state[name] = like(state[name], view)
         return joined
+
+    def count_in(self, name: str, counters: Tensor) -> None:
+        """Lets a counter of all tensors, ``(tensors,)``, be that of the states."""
+        self.counters[name] = counters
+        for state, view in zip(self.states, counters.unbind(), strict=True):
+            state[name] = view
+        self._views = [(state, name, state[name]) for state in self.states for name in self._names]
 
     @property
     def calls(self) -> int:
@@ -215,7 +229,7 @@ class Stack:
     @property
     def numbers(self) -> Numbers:
         """The numbers of this step."""
-        return Numbers(*self.rows_of_matrices().to(self.layouts[0].dtype)[..., None, None].unbind())
+        return Numbers(*self.per_tensor(self.rows).unbind())
 
     def rows_of_matrices(self) -> Tensor:
         """``rows`` with one column a matrix, of which a batch has several."""
@@ -286,6 +300,9 @@ class Stack:
         layout = self.layouts[0]
         cuts = dict(layout.cuts if layout.cross_shard else ())
         batch = cuts.pop(-3).n if -3 in cuts else self.shape[0]
+        if self._lengths is not None:
+            parts = [self.scatter(value) for value in values]
+            return [self.per_tensor(torch.stack([part.mean() for part in own])) for own in parts]
         if not cuts:
             return [value.mean((-2, -1), keepdim=True) for value in values]
         sums = torch.stack([value.sum((-2, -1), keepdim=True) for value in values])
@@ -295,15 +312,57 @@ class Stack:
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor for each of ``params`` as ``(count, rows, columns)``, see ``TensorLayout.gather``."""
-        return self.layouts[0].gather(tensors)
+        return self._joint.gather(tensors)
 
     def scatter(self, tensor: Tensor) -> Sequence[Tensor]:
         """The inverse of ``gather``."""
-        return self.layouts[0].scatter(tensor, len(self.layouts))
+        return self._joint.scatter(tensor, self._count)
 
     def per_tensor(self, values: Tensor) -> Tensor:
-        """Numbers of each tensor ``(tensors,)``, to broadcast: ``(count, 1, 1)``."""
-        return values.repeat_interleave(self.shape[0]).view(-1, 1, 1) if self.shape[0] > 1 else values.view(-1, 1, 1)
+        """Numbers of each tensor ``(..., tensors)``, to broadcast: ``(..., count, 1, 1)``; one an entry of vectors."""
+        if self._lengths is not None:
+            return values.repeat_interleave(self._lengths, -1, output_size=self.shape[-1])[..., None, None, :]
+        return (values.repeat_interleave(self.shape[0], -1) if self.shape[0] > 1 else values)[..., None, None]
+
+
+class Cohort:
+    """Stacks of one group, device and dtype: they pass one gate, and their steps are counted in one storage.
+
+    Attributes:
+        stacks: in order.
+        layouts: of all their tensors, in order.
+        options: options of their group.
+        counters: the counters of all tensors, each ``(tensors,)``.
+        earlier_steps: ``(tensors,)``, or None.
+        is_readable: see ``Stack``.
+    """
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        self.stacks, self.options, self.is_readable = stacks, stacks[0].options, stacks[0].is_readable
+        self.layouts = [layout for stack in stacks for layout in stack.layouts]
+        self._sizes = [len(stack.layouts) for stack in stacks]
+        self.counters = {name: torch.cat([stack.counters[name] for stack in stacks]) for name in COUNTERS}
+        for name, counters in self.counters.items():
+            for stack, own in zip(stacks, self.split(counters), strict=True):
+                stack.count_in(name, own)
+        earlier = [state["earlier_steps"] for stack in stacks for state in stack.states]
+        self.earlier_steps = torch.tensor(earlier, device=self.layouts[0].owner.device) if any(earlier) else None
+
+    def split(self, values: Tensor) -> Sequence[Tensor]:
+        """Values of all tensors, ``(..., tensors)``, stack by stack."""
+        return values.split_with_sizes(self._sizes, -1)
+
+    def count_calls_(self, gate: Gate) -> list[tuple[Stack, Tensor]]:
+        """Advances the clocks: the stacks that step with their ``usable`` tensors, all where the host cannot tell."""
+        pairs, first = [], 0
+        finite, active = (gate.finite.tolist(), gate.active.tolist()) if self.is_readable else (None, None)
+        for stack, usable, own in zip(self.stacks, self.split(gate.finite), self.split(gate.active), strict=True):
+            place, stack.active = slice(first, first + len(own)), own
+            stack.count_calls_(finite and finite[place], active and active[place])
+            if finite is None or any(finite[place]):
+                pairs.append((stack, usable))
+            first = place.stop
+        return pairs
 
 
 def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], options: Any) -> list[Stack]:
@@ -315,10 +374,14 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
         room = MAX_STACKED.get(device.type, MAX_STACKED["cuda"])
         # On a CPU a tensor starts by itself, at its first gradient that is not zero; others do not wait for it.
         waits = id(layout.owner) if device.type == "cpu" and not state["calls"] else None
-        cuts, dtype = layout.cuts, layout.owner.dtype
-        key = (layout.state_shape, layout.shape, layout.rotated, cuts, dtype, device, state["calls"], waits)
+        shape: Any = layout.state_shape, layout.shape, layout.rotated, layout.cuts
+        # The kernels step vectors of several lengths in one launch as they are.
+        if device.type == "cpu" and options["backend"] != "triton" and _is_plain_vector(layout):
+            shape = "vectors"
+        key = shape, layout.owner.dtype, device, state["calls"], waits
         known = alike[key]
-        if known and (options["diagonal"] == "newton" or (len(known) + 1) * layout.owner.numel() > room):
+        elements = sum(own.owner.numel() for own, _ in known) + layout.owner.numel()
+        if known and (options["diagonal"] == "newton" or elements > room):
             full.append(known)
             known = alike[key] = []
         known.append((layout, state))
@@ -330,31 +393,18 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
     ]
 
 
-def open_gate(stacks: Sequence[Stack]) -> Gate:
-    """That of tensors which all may step."""
-    active = torch.cat([stack.active for stack in stacks])
-    return Gate(active, active, active.float())
+def _is_plain_vector(layout: TensorLayout) -> bool:
+    return layout.shape[:2] == (1, 1) and len(layout.params) == 1 and not layout.rotated and not layout.cuts
 
 
-def count_calls_(stacks: Sequence[Stack], gate: Gate) -> list[tuple[Stack, Tensor]]:
-    """Advances the clocks: the stacks that step with their ``usable`` tensors, all where the host cannot tell."""
-    sizes, pairs, first = [len(stack.layouts) for stack in stacks], [], 0
-    finite, active = (gate.finite.tolist(), gate.active.tolist()) if stacks[0].is_readable else (None, None)
-    for stack, usable, own in zip(stacks, gate.finite.split(sizes), gate.active.split(sizes), strict=True):
-        place, stack.active = slice(first, first + len(own)), own
-        stack.count_calls_(finite and finite[place], active and active[place])
-        if finite is None or any(finite[place]):
-            pairs.append((stack, usable))
-        first = place.stop
-    return pairs
+def make_cohorts(layouts: Sequence[TensorLayout], states: Sequence[State], options: Any) -> list[Cohort]:
+    """The cohorts of a group's tensors."""
+    alike: dict[Any, list[Stack]] = defaultdict(list)
+    for stack in make_stacks(layouts, states, options):
+        alike[stack.layouts[0].owner.device, stack.layouts[0].dtype].append(stack)
+    return [Cohort(stacks) for stacks in alike.values()]
 
 
 async def settled(result: Any) -> Any:
     """The result of a rotation's method, which of a sharded axis is awaited."""
     return await result if iscoroutine(result) else result
-
-
-def release(stacks: Iterable[Stack]) -> None:
-    """Undoes stacks that are used no more."""
-    for stack in stacks:
-        stack.release()

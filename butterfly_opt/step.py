@@ -29,7 +29,7 @@ from butterfly_opt.diagonal import regress
 from butterfly_opt.dtensor import local, local_gradient
 from butterfly_opt.options import Options
 from butterfly_opt.rounding import round_stochastically
-from butterfly_opt.stack import Gate, Numbers, Stack, settled
+from butterfly_opt.stack import Cohort, Gate, Numbers, Stack, settled
 
 MOMENT_BETA = 0.95
 """Decay a step of the second moments that the basis is fitted to: 0.9 sees too few gradients where few samples of a
@@ -80,47 +80,37 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
     write_(stack, change.masked_fill_(exp_avg == 0, 0.0))
 
 
-def count_steps_(stacks: Sequence[Stack], gate: Gate) -> None:
-    """Counts the step of each active tensor, or that it was skipped, and gives every stack its numbers.
-
-    Args:
-        stacks: of one group and device: their numbers are made together.
-        gate: of their tensors.
-    """
-    options, (beta1, beta2) = stacks[0].options, stacks[0].options["betas"]
-    step = torch.cat([stack.counters["step"] for stack in stacks]) + gate.active
-    skipped = torch.cat([stack.counters["skipped"] for stack in stacks]) + ~gate.finite
-    sizes = [len(stack.layouts) for stack in stacks]
-    for name, values in (("step", step), ("skipped", skipped)):
-        torch._foreach_copy_([stack.counters[name] for stack in stacks], list(values.split(sizes)))
-    t = step.double().clamp_min(1)
-    offsets = [stack.earlier_steps for stack in stacks]
-    if any(offset is not None for offset in offsets):
-        t_mean = t + torch.cat([t.new_zeros(n) if o is None else o for n, o in zip(sizes, offsets, strict=True)])
-    else:
-        t_mean = t
-    lr = options["lr"].to(t).view(()) if isinstance(options["lr"], Tensor) else options["lr"]
-    weights = _weights((beta1, beta2, beta2, MOMENT_BETA), [t_mean, t, (t - 1).clamp_min(1), t])
+def count_steps_(cohort: Cohort, gate: Gate) -> None:
+    """Counts the step of each active tensor, or that it was skipped, and gives every stack its numbers."""
+    options, (beta1, beta2) = cohort.options, cohort.options["betas"]
+    step = cohort.counters["step"].add_(gate.active)
+    cohort.counters["skipped"].add_(~gate.finite)
+    t = step.double().clamp_min_(1)
+    t_mean = t if cohort.earlier_steps is None else t + cohort.earlier_steps
+    weights = _weights((beta1, beta2, beta2, MOMENT_BETA), [t_mean, t, (t - 1).clamp_min_(1), t])
     # The first weight is 1 only up to rounding: above it, an average could get negative.
-    mean, square, pair, moment = torch.stack(list(weights)).clamp_max_(1.0).mul_(gate.active).unbind()
-    floors = floor(options["eps"], torch.where(gate.finite, gate.largest, 0.0), stacks[0].layouts[0].dtype)
+    mean, square, pair, moment = weights.clamp_max_(1.0).mul_(gate.active).unbind()
     usable = gate.finite.double()
-    rows = Numbers(mean, square, pair, t, usable * lr, floors, moment, usable)
-    for stack, own in zip(stacks, torch.stack([row.double() for row in rows]).split(sizes, dim=1), strict=True):
+    lr = options["lr"].to(t).view(()) if isinstance(options["lr"], Tensor) else options["lr"]
+    dtype = cohort.layouts[0].dtype
+    floors = floor(options["eps"], torch.where(gate.finite, gate.largest, 0.0), dtype).double()
+    rows = torch.stack(Numbers(mean, square, pair, t, usable * lr, floors, moment, usable)).to(dtype)
+    for stack, own in zip(cohort.stacks, cohort.split(rows), strict=True):
         stack.rows = own
 
 
-def _weights(betas: Sequence[Any], counts: list[Tensor]) -> Sequence[Tensor]:
+def _weights(betas: Sequence[Any], counts: list[Tensor]) -> Tensor:
     """``(1 - beta) / (1 - beta^count)`` for each pair, by few operations: a step of small tensors is made of them."""
     if any(isinstance(beta, Tensor) for beta in betas):
         betas = [beta.double().view(()) if isinstance(beta, Tensor) else counts[0].new_full((), beta) for beta in betas]
         logs: list[Any] = [beta.log() for beta in betas]
     else:
+        # As numbers: a tensor of them would have to be copied to a GPU.
         logs = [math.log(beta) if beta else -math.inf for beta in betas]
     weights = torch._foreach_mul(counts, logs)
     torch._foreach_expm1_(weights)
     torch._foreach_reciprocal_(weights)
-    return torch._foreach_mul(weights, [beta - 1 for beta in betas])
+    return torch.stack(torch._foreach_mul(weights, [beta - 1 for beta in betas]))
 
 
 async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> None:
@@ -192,20 +182,19 @@ def write_(stack: Stack, change: Tensor) -> None:
     options, own = stack.options, Numbers(*stack.rows)
     decays = bool(options["weight_decay"]) and options["decoupled_weight_decay"]
     keep = 1 - own.lr * options["weight_decay"] if decays else own.usable
-    is_mixed = stack.params[0].dtype != change.dtype
+    dtype = stack.params[0].dtype
+    is_mixed = dtype != change.dtype
     if is_mixed:
-        theta = parameters(stack)
-        change = theta * stack.per_tensor(keep).to(theta.dtype) + change if decays else theta + change
-    if is_mixed and options["stochastic_rounding"] and stack.params[0].dtype == torch.bfloat16:
-        rows = zip(change.view(len(own.step), -1), stack.streams, own.step, strict=True)
-        rounded = [round_stochastically(row, stream=stream, step=step) for row, stream, step in rows]
-        change = torch.stack(rounded).view(change.shape)
-    keeps = keep.unbind() * len(stack.layouts[0].params)
-    parts = zip(stack.params, stack.scatter(change), keeps, strict=True)
-    params, changes, factors = zip(*[(local(p), c, k) for p, c, k in parts if p.grad is not None], strict=True)
+        change = change + parameters(stack) * (stack.per_tensor(keep) if decays else 1)
+    changes, each = stack.scatter(change), len(stack.params) // len(stack.layouts)
+    if is_mixed and options["stochastic_rounding"] and dtype == torch.bfloat16:
+        streams = zip(changes, stack.streams, own.step.unbind() * each, strict=True)
+        changes = [round_stochastically(value, stream=stream, step=step) for value, stream, step in streams]
+    parts = zip(stack.params, changes, keep.unbind() * each, strict=True)
+    params, changes, keeps = zip(*[(local(p), c, k) for p, c, k in parts if p.grad is not None], strict=True)
     if is_mixed:
         torch._foreach_copy_(params, changes)
         return
     if decays:
-        torch._foreach_mul_(params, factors)
+        torch._foreach_mul_(params, keeps)
     torch._foreach_add_(params, changes)

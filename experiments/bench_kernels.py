@@ -65,7 +65,7 @@ def make_stacks(shapes: Shapes, batch_dims: int, device: torch.device, diagonal:
     """The stacks of a list of parameters with gradients, in a late step with a learning rate of 0."""
     from butterfly_opt import step
     from butterfly_opt.layout import axes_layout
-    from butterfly_opt.stack import make_stacks, new_state, open_gate
+    from butterfly_opt.stack import Cohort, Gate, make_stacks, new_state
 
     block, lead = (64, 16) if device.type == "cuda" else (8, 2)
     options: dict[str, Any] = {
@@ -82,7 +82,8 @@ def make_stacks(shapes: Shapes, batch_dims: int, device: torch.device, diagonal:
     for state in states:
         state["calls"] = 1001
     stacks = make_stacks(layouts, states, options)
-    step.count_steps_(stacks, open_gate(stacks))
+    usable = torch.ones(len(layouts), dtype=torch.bool, device=device)
+    step.count_steps_(Cohort(stacks), Gate(usable, usable, usable.float()))
     return stacks
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from butterfly_opt import Butterfly
+from butterfly_opt.stack import Stack
 
 # Where two runs compute the same numbers in the same order they are compared bit for bit; everything else
 # goes through float64 rotations of at most 2 * 5 stages, some 30 roundings.
@@ -31,6 +32,11 @@ every_mode = pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys()
 def build(params: Any, *, batch_dims: int = 0, **options: Any) -> Butterfly:
     """An optimizer of one group; ``batch_dims`` is an option of groups only."""
     return Butterfly([{"params": params, "batch_dims": batch_dims}], **options)
+
+
+def made_stacks(optimizer: Butterfly) -> list[Stack]:
+    """The stacks of the last step."""
+    return [stack for _, cohorts in optimizer._cohorts.values() for cohort in cohorts for stack in cohort.stacks]
 
 
 def make_params(shapes: tuple[tuple[int, ...], ...] = SHAPES, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

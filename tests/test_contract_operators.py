@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from contract import MODES, NAN, STEP_TOLERANCE, assert_same, make_params, set_grads, snapshot, train, values
+from contract import (
+    MODES,
+    NAN,
+    STEP_TOLERANCE,
+    assert_same,
+    made_stacks,
+    make_params,
+    set_grads,
+    snapshot,
+    train,
+    values,
+)
 from torch import Tensor, nn
 
 from butterfly_opt import Butterfly
@@ -125,7 +136,7 @@ def test_the_preconditioner_is_what_the_step_multiplies_with(
     for step in range(12, 16):
         train(opt, params, range(step, step + 1))
         before = values(params)
-        for layout in (layout for stack in opt._stacks[0] for layout in stack.layouts):
+        for layout in (layout for stack in made_stacks(opt) for layout in stack.layouts):
             average = opt.state[layout.owner]["exp_avg"].clone()
             for param, grad in zip(layout.params, layout.scatter(average), strict=True):
                 param.grad = sign * grad

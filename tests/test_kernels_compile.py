@@ -38,7 +38,7 @@ def compile_all(capability: int) -> set[str]:
 
     from butterfly_opt import collectives, fused, step
     from butterfly_opt.layout import axes_layout
-    from butterfly_opt.stack import Stack, new_state, open_gate
+    from butterfly_opt.stack import Cohort, Gate, Stack, new_state
 
     class Driver:
         """What a compilation asks of the driver of a GPU."""
@@ -82,7 +82,8 @@ def compile_all(capability: int) -> set[str]:
             state["calls"] = 2
             pairs.append((Stack([layout], [state], options, phase), torch.ones(1, dtype=torch.bool)))
         stacks = [stack for stack, _ in pairs]
-        step.count_steps_(stacks, open_gate(stacks))
+        usable = torch.ones(len(stacks), dtype=torch.bool)
+        step.count_steps_(Cohort(stacks), Gate(usable, usable, usable.float()))
         collectives.run([fused.take_steps_(pairs)])
     return compiled
 

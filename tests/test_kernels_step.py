@@ -13,7 +13,7 @@ from torch import Tensor
 from butterfly_opt import fused, rounding, step
 from butterfly_opt.collectives import run
 from butterfly_opt.layout import axes_layout, flat_layout
-from butterfly_opt.stack import Gate, Stack, new_state
+from butterfly_opt.stack import Cohort, Gate, Stack, new_state
 from butterfly_opt.triton_kernels import step as kernels
 from butterfly_opt.triton_kernels import tables
 from experiments.bench_kernels import step_bytes
@@ -54,7 +54,7 @@ def make_stack(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32
 
 
 def operands_of(stack: Stack, usable: Tensor) -> tables.Operands:
-    step.count_steps_([stack], Gate(usable, usable, usable.float()))
+    step.count_steps_(Cohort([stack]), Gate(usable, usable, usable.float()))
     members = [fused._member(stack, usable)]
     return fused._operands(members, fused._numbers(members))
 

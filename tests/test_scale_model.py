@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from contract import made_stacks
 from torch import nn
 
 from butterfly_opt import Butterfly
@@ -107,7 +108,7 @@ def test_traffic_of_a_plain_step(mesh: Any) -> None:
 
 def outer_bytes(optimizer: Butterfly) -> Iterator[int]:
     """Bytes of the rotations of leading rows that are kept whole."""
-    for stack in (stack for stacks in optimizer._stacks.values() for stack in stacks):
+    for stack in made_stacks(optimizer):
         for _, rotation in stack.rotations:
             if isinstance(rotation, ShardedRotation) and rotation.meeting is not None:
                 outer = rotation.meeting._outer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import make_params, set_grads, values
+from contract import made_stacks, make_params, set_grads, values
 
 from butterfly_opt import Butterfly, stack
 from butterfly_opt.diagonal import regress
@@ -69,25 +69,25 @@ def test_together_as_one_after_the_other(
 
 
 def stacks_of(opt: Butterfly) -> list[int]:
-    return sorted(len(stack.layouts) for stacks in opt._stacks.values() for stack in stacks)
+    return sorted(len(stack.layouts) for stack in made_stacks(opt))
 
 
-def test_tensors_of_one_shape_are_one_stack_once_they_have_started() -> None:
+def test_tensors_of_one_shape_and_all_vectors_are_one_stack_once_they_have_started() -> None:
     params = make_params(SHAPES)
     opt = Butterfly(params)
     for step in range(3):
         set_grads(params, step)
         opt.step()
-    assert stacks_of(opt) == [1, 1, 1, 2, 2]
-    made = {index: list(stacks) for index, stacks in opt._stacks.items()}
+    assert stacks_of(opt) == [1, 2, 4]
+    made = made_stacks(opt)
     for step in range(3, 6):
         set_grads(params, step)
         opt.step()
     # Nothing has changed, so nothing is made anew.
-    assert all(own is old for index in made for own, old in zip(opt._stacks[index], made[index], strict=True))
+    assert all(own is old for own, old in zip(made_stacks(opt), made, strict=True))
     params[3].grad = None
     opt.step()
-    assert stacks_of(opt) == [1, 1, 1, 1, 2]
+    assert stacks_of(opt) == [1, 1, 4]
 
 
 def test_a_stack_holds_no_more_than_the_cache_does() -> None:

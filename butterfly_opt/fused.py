@@ -227,7 +227,8 @@ def _operands(members: Sequence[Member], numbers: Tensor) -> tables.Operands:
 
 def _numbers(members: Sequence[Member]) -> Tensor:
     """``numbers`` of members, see ``tables.NUMBERS``: by few operations, however many they are."""
-    n = Numbers(*torch.cat([own.stack.rows_of_matrices() for own in members], dim=1).float())
+    rows = [own.stack.per_tensor(own.stack.rows)[..., 0, 0] for own in members]
+    n = Numbers(*torch.cat(rows, dim=1).float())
     counts, zeros, options = [own.part.shape[0] for own in members], torch.zeros_like(n.lr), members[0].stack.options
     parts = list(zip(members, *(x.split(counts) for x in (n.moment, zeros, n.step)), strict=True))
     observed = map(torch.cat, zip(*(_observed(*part) for part in parts), strict=True))

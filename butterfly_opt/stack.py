@@ -231,10 +231,6 @@ class Stack:
         """The numbers of this step."""
         return Numbers(*self.per_tensor(self.rows).unbind())
 
-    def rows_of_matrices(self) -> Tensor:
-        """``rows`` with one column a matrix, of which a batch has several."""
-        return self.rows.repeat_interleave(self.shape[0], dim=1) if self.shape[0] > 1 else self.rows
-
     def count_calls_(self, finite: Sequence[bool] | None, active: Sequence[bool] | None) -> None:
         """Advances the clock of each tensor; gradients that do not count are not seen where the host can tell.
 

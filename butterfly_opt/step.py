@@ -179,22 +179,23 @@ def parameters(stack: Stack) -> Tensor:
 
 def write_(stack: Stack, change: Tensor) -> None:
     """``theta <- theta (1 - lr weight_decay) + change``, rounded once; parameters without a gradient stay."""
-    options, own = stack.options, Numbers(*stack.rows)
+    options, numbers, dtype = stack.options, Numbers(*stack.rows), stack.params[0].dtype
     decays = bool(options["weight_decay"]) and options["decoupled_weight_decay"]
-    keep = 1 - own.lr * options["weight_decay"] if decays else own.usable
-    dtype = stack.params[0].dtype
-    is_mixed = dtype != change.dtype
+    keep = 1 - numbers.lr * options["weight_decay"] if decays else None
+    is_mixed, each = dtype != change.dtype, len(stack.params) // len(stack.layouts)
     if is_mixed:
-        change = change + parameters(stack) * (stack.per_tensor(keep) if decays else 1)
-    changes, each = stack.scatter(change), len(stack.params) // len(stack.layouts)
+        theta = parameters(stack)
+        change = change + (theta if keep is None else theta * stack.per_tensor(keep))
+    changes = stack.scatter(change)
     if is_mixed and options["stochastic_rounding"] and dtype == torch.bfloat16:
-        streams = zip(changes, stack.streams, own.step.unbind() * each, strict=True)
-        changes = [round_stochastically(value, stream=stream, step=step) for value, stream, step in streams]
-    parts = zip(stack.params, changes, keep.unbind() * each, strict=True)
-    params, changes, keeps = zip(*[(local(p), c, k) for p, c, k in parts if p.grad is not None], strict=True)
+        own = zip(changes, stack.streams, numbers.step.unbind() * each, strict=True)
+        changes = [round_stochastically(value, stream=stream, step=step) for value, stream, step in own]
+    moving = [i for i, param in enumerate(stack.params) if param.grad is not None]
+    params, changes = [local(stack.params[i]) for i in moving], [changes[i] for i in moving]
     if is_mixed:
         torch._foreach_copy_(params, changes)
         return
-    if decays:
-        torch._foreach_mul_(params, keeps)
+    if keep is not None:
+        keeps = keep.unbind() * each
+        torch._foreach_mul_(params, [keeps[i] for i in moving])
     torch._foreach_add_(params, changes)

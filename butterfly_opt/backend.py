@@ -32,6 +32,7 @@ def steps_of(pairs: Sequence[tuple[Stack, Tensor]]) -> list[Step]:
         elif layout.cuts or not takes_kernels(options, device, layout.dtype, layout.shape[1] * layout.shape[2]):
             steps.append(step.take_step_(stack, usable))
         else:
+            # The options are the group's own dictionary, whose id tells groups apart.
             together[id(options), device].append((stack, usable))
     if together:
         from butterfly_opt import fused

@@ -60,6 +60,7 @@ class Basis:
         """
         for axis in dict.fromkeys(dim for dim, _ in self.rotations):
             first, *others = [rotation for dim, rotation in self.rotations if dim == axis]
+            # Squares of a product are no product of squares: it has to be dense.
             if others:
                 q = others[-1].dense()
                 for rotation in (*reversed(others[:-1]), first):

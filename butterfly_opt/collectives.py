@@ -82,6 +82,7 @@ def _exchange(requests: dict[int, Request]) -> dict[int, Tensor]:
     answers: dict[int, Tensor] = {}
     for (kind, _, _), members in alike.items():
         parts = [requests[i].value.reshape(-1) for i in members]
+        # A copy of one alone too: ``all_reduce`` writes in place.
         joined = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
         group, sizes = requests[members[0]].group, [len(part) for part in parts]
         if kind is Gather:

@@ -27,6 +27,7 @@ def describe(stack: Stack) -> dict[str, Any]:
     }
     if "exp_avg_sq" in stack.averages and stack.averages["exp_avg_sq"].numel():
         numbers["noise_quantiles"] = _quantiles(stack.averages["exp_avg_sq"].sqrt())
+    # Shards would first have to agree on their means.
     if stack.options["diagonal"] == "secant" and not stack.layouts[0].groups:
         found = curvature(stack)
         if (found.tau > 0).all():

@@ -86,6 +86,7 @@ def regress(
     # In place from here on: fresh memory costs as much as the arithmetic. The mean of b is 1.
     b = disp_sq * inverse.square()
     c = cross * inverse
+    # Where b is 0 so is c: their quotient is then 0, not NaN.
     work = b + 1 / MAX_RIDGE
     residual = torch.addcmul(grad_sq, torch.div(c, work, out=work), c, value=-1, out=work).clamp_min_(0)
     # By mean_slope twice: its square may overflow, or underflow.

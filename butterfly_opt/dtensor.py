@@ -33,6 +33,7 @@ def like(state: Any, own: Tensor) -> Tensor:
     """``own`` as the shard of a tensor that lies as ``state`` does."""
     if not is_sharded(state):
         return own
+    # Given, or torch would take all shards for equally long.
     kept = {"shape": state.shape, "stride": state.stride()}
     return type(state).from_local(own, state.device_mesh, state.placements, run_check=False, **kept)
 
@@ -50,4 +51,5 @@ def placed(own: Tensor, mesh: Any, dims: Mapping[int, int], shape: torch.Size) -
 
     placements = [Shard(dims[i]) if i in dims else Replicate() for i in range(mesh.ndim)]
     stride = torch.empty(shape, device="meta").stride()
+    # Not checked: that would be a collective.
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)

@@ -39,6 +39,7 @@ def _operator(stack: Stack, diagonal: Tensor) -> RotatedDiagonal:
         )
     if batch > 1:
         raise ValueError(f"a parameter of {batch} matrices (batch_dims) has no single operator; use one of each")
+    # -2 and -1 are axes 0 and 1 of a matrix.
     rotations = [(dim % 2, Rotation(r.plan, r.matrices.clone())) for dim, r in stack.whole_rotations]
     return RotatedDiagonal(Basis(stack.shape[1:], rotations), diagonal[0])
 

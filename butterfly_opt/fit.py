@@ -120,6 +120,7 @@ def fit_checked(matrix: Tensor, criterion: str, *, block: int, lead: int, rotati
         rotation = sweep(rotated, plan, criterion)
         half = rotation.to_rotated(rotated[None])
         rotated = rotation.to_rotated(half, dim=-1)[0]
+        # ``eigh`` reads one triangle: rounding must not make the other differ.
         rotated = (rotated + rotated.mT) / 2
         found.append((0, rotation))
         errors.append(_off_diagonal(rotated, norm))
@@ -165,6 +166,7 @@ def fit_covariance(
     n = loc.numel()
     target = covariance.diagonal().mean()
     covariance = (1 - amount) * covariance + amount * target * torch.eye(n, dtype=loc.dtype, device=loc.device)
+    # In the dtype of the fit: what is definite in float64 may be singular there.
     _check_positive_definite(
         covariance.to(dtype),
         f"the covariance of {count} samples of {n} coordinates",
@@ -257,6 +259,7 @@ def _check_symmetric(matrix: Tensor) -> None:
 
 def _check_positive_definite(matrix: Tensor, what: str, advice: str) -> None:
     values = torch.linalg.eigvalsh(matrix)
+    # Below this an eigenvalue is rounding; a NaN is refused too.
     if not values[0] > matrix.shape[0] * torch.finfo(matrix.dtype).eps * values[-1].abs():
         raise ValueError(
             f"{what} must be positive definite, got eigenvalues from {values[0]:.3g} to {values[-1]:.3g}; {advice}"
@@ -273,10 +276,12 @@ def _moments(batches: Iterable[Tensor], assume_centered: bool) -> tuple[int, Ten
             expected = f"(count, {mean.numel()})" if count else "(count, n)"
             raise ValueError(f"samples must have shape {expected}, got {tuple(batch.shape)}")
         if not batch.shape[0]:
+            # The mean of no samples is NaN.
             continue
         dtype, batch = batch.dtype, batch.detach().double()
         if not count:
             mean, scatter = batch.new_zeros(batch.shape[1]), batch.new_zeros(batch.shape[1], batch.shape[1])
+        # With ``assume_centered`` the mean stays the zeros it starts as.
         centre = mean if assume_centered else batch.mean(0)
         apart, count = centre - mean, count + batch.shape[0]
         share = batch.shape[0] / count
@@ -323,8 +328,10 @@ def _least_squares_hessian(pairs: Iterable[tuple[Tensor, Tensor]], shrinkage: fl
     S, Y = torch.cat(displacements), torch.cat(gradients)
     n = S.shape[1]
     if shrinkage > 0:
+        # The prior as n more pairs: ``weight`` along each coordinate, with a y of ``hbar weight``.
         weight = (shrinkage * S.square().sum() / n).sqrt() * torch.eye(n, dtype=S.dtype, device=S.device)
         S, Y = torch.cat((S, weight)), torch.cat((Y, weight * (S * Y).sum() / S.square().sum()))
+    # Before ``lstsq``, which on a GPU takes full rank for granted.
     rank = int(torch.linalg.matrix_rank(S))
     if rank < n:
         raise ValueError(

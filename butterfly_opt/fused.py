@@ -95,6 +95,7 @@ class Known(NamedTuple):
     addresses: Tensor
 
 
+# Weak: what is known of a stack goes with it.
 _PARTS: WeakKeyDictionary[Stack, tables.Part] = WeakKeyDictionary()
 _KNOWN: WeakKeyDictionary[Stack, Known] = WeakKeyDictionary()
 
@@ -163,6 +164,7 @@ def _step_list_(members: Sequence[Member], numbers: Tensor) -> None:
     if tables.BEFORE in observed:
         _forth_(operands._replace(values=operands.values[:1]), tables.BEFORE, is_step=False, observed=tables.BEFORE)
         refit.refit_(operands, gate=tables.BEFORE, shift=SHIFT[torch.float32])
+    # A captured step launches both: on the device the weights of one of them are 0.
     capturable = members[0].stack.options["capturable"] and observed != {None}
     within = tables.WITHIN if tables.WITHIN in observed or capturable else None
     _forth_(operands, tables.USABLE, is_step=True, observed=within)
@@ -177,7 +179,9 @@ def _step_list_(members: Sequence[Member], numbers: Tensor) -> None:
         if own.observed:
             # Rotation.dense notices new matrices by their version.
             changed += [x for axis in own.part.axes for x in (axis.matrices, axis.moments) if x is not None]
+    # Kernels write past torch, which must notice.
     torch.autograd.graph.increment_version(changed)
+    # After that: only writes of others make the means be taken anew.
     _KNOWN[members[0].stack].versions[:] = _versions(members)
 
 
@@ -213,6 +217,7 @@ def _operands(members: Sequence[Member], numbers: Tensor) -> tables.Operands:
         flags=new(len(made.levels[0].programs), dtype=torch.int32),
         means=known.means,
         sums=new(made.programs, 2, dtype=torch.float64),
+        # Pool i has the width of axis i; where both share pool 0, pool 1 is empty.
         partials=[
             new(count if observed else 0, axis.width, axis.width)
             for count, axis in zip(made.partials, made.axes, strict=True)
@@ -254,6 +259,7 @@ def _observed(own: Member, weight: Tensor, zero: Tensor, count: Tensor) -> tuple
 
 def _known(members: Sequence[Member]) -> Known:
     """What the step before left; addresses anew if one has changed, all if other stacks step."""
+    # Weak: else what is known of a stack would keep its own key alive.
     rows, stacks = [row for own in members for row in own.rows], [ref(own.stack) for own in members]
     first, device = members[0].stack, members[0].usable.device
     known = _KNOWN.get(first)
@@ -291,6 +297,7 @@ def _part(stack: Stack) -> tables.Part:
     by_row, by_column = (all(stage.aligned for stage in (*axis.stages, axis.rest)) for axis in axes)
     kept = *averages.values(), *(axis.matrices for axis in axes if axis.matrices is not None)
     at_16 = all(x.data_ptr() % 16 == 0 for x in kept)
+    # In ``flat`` torch rounds; for the kernels each stream is that of as many matrices.
     streams = stack.streams[: len(stack.layouts)]
     return tables.Part((count, rows, columns), averages, axes, streams, (by_row and at_16, by_column and at_16))
 

@@ -53,6 +53,7 @@ class Cut:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Coordinates of each part."""
+        # In whole units: what is cut is an axis of the parameter, not of the matrix.
         part = -(-self.n // self.unit // self.shards) * self.unit
         return tuple(max(0, min(part, self.n - i * part)) for i in range(self.shards))
 
@@ -132,6 +133,7 @@ def axes_layout(param: Tensor, batch_dims: int, *, cross_shard: bool = True) -> 
     if not is_sharded(param):
         return TensorLayout((param,), whole, rotated)
     found = list(_cuts(param, batch_dims))
+    # A vector is one row, whichever of its axes is cut.
     cuts = tuple((-1 if is_vector and dim > -3 else dim, cut) for dim, cut in found)
     groups = tuple(cut.group for _, cut in found if cross_shard and cut.shards > 1)
     shape = _matrix(local(param).shape, batch_dims)

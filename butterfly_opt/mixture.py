@@ -95,6 +95,7 @@ def _sweep(columns: Tensor, ridge: float, plan: Plan) -> Tensor:
     if plan.is_full:
         return torch.cat([sweep(own @ own.T + ridge * eye(plan.n), plan, "logdet").matrices for own in columns])
     matrices = columns.new_zeros(len(columns), plan.numel)
+    # Woodbury's difference cancels where the ridge is small beside the samples.
     few = columns.shape[2] < plan.n and ridge > 1e-10 * columns.square().sum((1, 2)).max()
     for stage, views in zip(plan.stages, plan.views(matrices), strict=True):
         last, leading = stage is plan.stages[-1], []
@@ -105,6 +106,7 @@ def _sweep(columns: Tensor, ridge: float, plan: Plan) -> Tensor:
             inverse = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
         else:  # inverse inverse^T
             unit = eye(columns.shape[1])
+            # Unchecked: an error here would not name the component; ``_maximize_`` looks at its eigenvalues.
             factor = torch.linalg.cholesky_ex(columns @ columns.mT + ridge * unit).L
             inverse = torch.linalg.solve_triangular(factor, unit, upper=False).mT
         spans = [run.span for run in stage.runs]
@@ -296,8 +298,11 @@ class ButterflyMixture(DensityMixin, BaseEstimator):
 
     def _run(self, samples: Tensor, mixture: _Mixture) -> tuple[_Mixture, list[float]]:
         """EM from one start: the mixture, and the mean log-likelihood after each maximisation."""
+        # ``_maximize_`` writes in place, and the last fit stands if this one fails.
         mixture = mixture._replace(loc=mixture.loc.clone(), matrices=mixture.matrices.clone(), d=mixture.d.clone())
+        # Densities without weights: those of components at rest stay what they are.
         log_probs = mixture._replace(weights=torch.ones_like(mixture.weights)).log_joint(samples)
+        # Nothing is seen yet: in the first round all have moved.
         seen = torch.full_like(log_probs, torch.inf)
         bounds: list[float] = []
         while True:
@@ -337,6 +342,7 @@ class ButterflyMixture(DensityMixin, BaseEstimator):
         def eigenvalues(matrices: Tensor) -> Tensor:
             return Rotation(plan, matrices).to_rotated(columns).square().sum(-1) + self.reg_covar
 
+        # Before the decompositions, which would not name the component.
         broken = ~torch.isfinite(columns.square().sum((1, 2)))
         if not broken.any():
             matrices = _sweep(columns, self.reg_covar, plan)
@@ -345,6 +351,7 @@ class ButterflyMixture(DensityMixin, BaseEstimator):
                 kept = eigenvalues(mixture.matrices[chosen])
                 likelier = (kept.log().sum(1) < d.log().sum(1)).unsqueeze(1)
                 matrices, d = torch.where(likelier, mixture.matrices[chosen], matrices), torch.where(likelier, kept, d)
+            # Less is the rounding of the samples, squared.
             rounding = TINY + (10 * EPS * samples.abs().max()).square()
             broken = ~(d > rounding).all(1)
         if broken.any():

@@ -76,12 +76,14 @@ def backtrack(stacks: Sequence[Stack], closure: Callable[[], Any], loss: Any) ->
                 return loss
             moved.append(parameters(stack) - stack.averages["prev_param"])
         slope = sum((stack.averages["prev_grad"] * step).sum() for stack, step in zip(stacks, moved, strict=True))
+        # All remember one loss (``remember_loss_``).
         before = stacks[0].states[0]["prev_loss"]
         rounding = LOSS_ROUNDING * torch.finfo(stacks[0].layouts[0].dtype).eps * abs(before)
         # A finite loss may be compared; one that is not is too large.
         if not slope < 0 or value <= before + ARMIJO * slope + rounding:
             return loss
         for stack, step in zip(stacks, moved, strict=True):
+            # Before the parameters change: the pair is that of the point that is left.
             _take_pair_(stack, gradients(stack))
             half = torch.add(stack.averages["prev_param"], step, alpha=0.5)
             torch._foreach_copy_(stack.params, list(stack.scatter(half)))
@@ -115,7 +117,7 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
         direction = _apply_history(state, grad.flatten(), on_estimate=bool(errors[0] <= errors[1])).view(grad.shape)
         # Where nothing is known yet an estimate may promise anything: no step is much longer than the last one.
         direction *= (MAX_GROWTH * last.norm() / (n.lr * direction.norm()).clamp_min(1e-30)).clamp_max(1.0)
-    elif state["prev_loss"] < torch.inf:
+    elif state["prev_loss"] < torch.inf:  # a closure gave it
         direction = grad.clone()  # too long a step will be halved
     else:
         direction = grad / grad.abs().sum().clamp_min(1.0)
@@ -138,8 +140,10 @@ def _take_pair_(stack: Stack, grad: Tensor) -> None:
 
 def _remember_pair_(state: State, s: Tensor, y: Tensor) -> None:
     """Takes a pair of positive curvature into the history, and how well either metric foretold it."""
+    # So written that a NaN is left out too.
     if not s @ y > torch.finfo(s.dtype).eps * s.norm() * y.norm():
         return
+    # Before the pair is taken in, or it would foretell itself.
     if state["pairs"] > 0:
         foretold = torch.stack([_apply_history(state, y, on_estimate=metric) for metric in (True, False)])
         errors = 1 - torch.nn.functional.cosine_similarity(foretold, s[None])
@@ -155,6 +159,7 @@ def _apply_history(state: State, grad: Tensor, *, on_estimate: bool) -> Tensor:
     def metric(x: Tensor) -> Tensor:
         return secant.apply_inverse(state, x.view(state["values"].shape)).flatten() if on_estimate else x
 
+    # Places without a pair yet are zero.
     pairs = [(s, y, s @ y) for s, y in zip(*state["history"], strict=True) if s.any()]
     shares = []
     for s, y, curvature in reversed(pairs):

@@ -232,6 +232,7 @@ class SymmetricOperator(ABC):
 
         if len(self.shape) > 2:
             raise ValueError(f"scipy knows no batches, got an operator of shape {tuple(self.shape)}")
+        # One copy in float64, made when a vector asks for it.
         double = cache(lambda: self.to(torch.float64))
 
         def product(x: NDArray[Any]) -> NDArray[Any]:
@@ -239,6 +240,7 @@ class SymmetricOperator(ABC):
 
         return LinearOperator(
             tuple(self.shape),
+            # scipy hands on vectors as columns too.
             matvec=lambda x: product(x.reshape(-1)),
             rmatvec=lambda x: product(x.reshape(-1)),
             matmat=product,
@@ -272,6 +274,7 @@ class SymmetricOperator(ABC):
         shape = self.shape
         try:
             _broadcast(shape[:-2], x.shape[:-2])
+            # Without axes the index is -0: an IndexError.
             fits = x.shape[-min(x.dim(), 2)] == shape[-1]
         except (RuntimeError, IndexError):
             fits = False
@@ -350,6 +353,7 @@ class RotatedDiagonal(SymmetricOperator):
     def _rotate(self, x: Tensor, *, transpose: bool) -> Tensor:
         batch = _broadcast(self._batch, x.shape[:-2])
         rotated = self._stacked(x, self.basis.to_rotated if transpose else self.basis.from_rotated)
+        # Where one basis serves a batch of d, x was rotated once.
         return rotated.expand(*batch, *x.shape[-2:])
 
     def _stacked(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -357,6 +361,7 @@ class RotatedDiagonal(SymmetricOperator):
         own = self._batch if self.basis.count > 1 else torch.Size()
         batch = _broadcast(own, x.shape[:-2])
         dims = len(batch)
+        # An axis of length 1 has one rotation for all: it is shared too.
         stack = [dims - len(own) + i for i, size in enumerate(own) if size > 1]
         shared = [dim for dim in range(dims) if dim not in stack]
         order = [*stack, dims, *shared, dims + 1]

@@ -139,6 +139,7 @@ class Butterfly(Optimizer):
             "cross_shard": True,
         }
         validate(defaults)
+        # First: torch calls ``add_param_group``, which notes matrices.
         self._forget()
         super().__init__(params, defaults)
 
@@ -151,6 +152,7 @@ class Butterfly(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # Groups saved by an older version, or by Adam, lack options.
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -162,11 +164,13 @@ class Butterfly(Optimizer):
         validate(merged)
         params = param_group["params"]
         if not isinstance(params, Tensor | set):
+            # Once and for all: torch would find a generator used up.
             param_group["params"] = params = list(params)
         tensors = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
         for param in tensors:
             check_parameter(param)
         if all(isinstance(param, Tensor) for param in tensors):
+            # For its errors, before the group is added.
             _layouts({**merged, "params": tensors})
         super().add_param_group({**param_group, **{k: merged[k] for k in param_group if k != "params"}})
         self._has_matrix[len(self.param_groups) - 1] = any(param.dim() > 1 for param in tensors)
@@ -202,6 +206,7 @@ class Butterfly(Optimizer):
             self._check_states(prepared[-1])
             return prepared[-1]
 
+        # Registered last: it sees what hooks of the user make of the state.
         handle = self.register_load_state_dict_pre_hook(prepare)
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         try:
@@ -263,6 +268,7 @@ class Butterfly(Optimizer):
                     if key in COUNTERS:
                         value = torch.as_tensor(value, dtype=torch.float32)  # torch once saved numbers
                     if isinstance(value, Tensor):
+                        # A copy: steps must not write into the dict that was loaded.
                         self.state[param][key] = value.detach().clone().to(param.device)
                 if saved and is_adam:
                     self.state[param] = _taken_over(param, saved, group, decays[0])
@@ -364,6 +370,7 @@ class Butterfly(Optimizer):
         """
         largest = _largest_entries(cohort.layouts, cohort.options)
         finite = largest < MAX_GRAD
+        # Fake and meta tensors have no numbers.
         has_data = type(finite) is Tensor and finite.device.type != "meta"
         raises = has_data and cohort.options["on_nonfinite"] == "raise"
         # Asked of the CPU, or where the user wants it: of a GPU it waits. There ``diagnostics`` warns.
@@ -374,6 +381,7 @@ class Butterfly(Optimizer):
                     f"{tuple(cohort.layouts[int((~finite).long().argmax())].state_shape)}; "
                     "on_nonfinite='skip' leaves such steps out"
                 )
+            # Once; ``diagnostics`` tells of later ones.
             if not self._known_skips:
                 self._warn_of_skips(int((~finite).sum()))
         # One that has stepped goes on also with a gradient of zeros.
@@ -533,6 +541,7 @@ def _taken_over(param: Tensor, saved: State, group: Options, beta: float) -> Sta
     """A new state with the momentum of Adam, which averages without bias correction, with decay ``beta``."""
     state = new_state(axes_layout(param, group["batch_dims"]), group)
     steps = torch.as_tensor(saved["step"], dtype=torch.float32).to(param.device)
+    # A state may be of no step yet: 0 / 0.
     state["exp_avg"].copy_(saved["exp_avg"] / (1 - beta ** steps.clamp_min(1)))
     return {**state, "earlier_steps": steps.item()}
 
@@ -601,6 +610,7 @@ def _largest_entries(layouts: list[TensorLayout], options: Options) -> Tensor:
         largest = torch.stack(list(torch._foreach_norm(grads, float("inf"), dtype=torch.float32)))
     if len(grads) != len(layouts):
         largest = torch.stack([part.amax() for part in largest.split([len(own) for own in given])])
+    # In one order in every process, as collectives need it.
     for process_group in dict.fromkeys(g for layout in layouts for g in layout.groups):
         # As infinity: the maximum with a NaN is anything.
         at = torch.tensor([i for i, layout in enumerate(layouts) if process_group in layout.groups])

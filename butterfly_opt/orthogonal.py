@@ -81,6 +81,7 @@ def group_matrices(plan: Plan, skew: Tensor) -> Tensor:
             f"skew must have shape ({_num_skew(plan)},) for n = {plan.n}, block = {plan.block}, lead = {plan.lead}, "
             f"got {tuple(skew.shape)}"
         )
+    # A full plan of n = 1 has no stage, and nothing else to concatenate.
     parts, start = [skew.new_zeros(0)], 0
     for run in (run for stage in plan.stages for run in stage.runs):
         number = run.size * (run.size - 1) // 2

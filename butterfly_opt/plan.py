@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 class Run(NamedTuple):
     """Consecutive ``groups`` of ``size`` coordinates each."""
 
+    # In this order: a run is the shape (groups, size) that ``unflatten`` takes.
     groups: int
     size: int
 
@@ -74,6 +75,7 @@ class Stage:
         return None if self.index is None else self.index.to(device)
 
 
+# Equal by identity: what is made of plans is cached by them (``fused``).
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The stages of a rotation of ``n`` coordinates; equal arguments of ``make_plan`` give the same object.

@@ -67,6 +67,7 @@ def hessian_product(loss: Callable[[], Tensor], params: Iterable[Tensor]) -> Cal
         value = loss()
         if value.numel() != 1:
             raise ValueError(f"the loss must be a scalar, got shape {tuple(value.shape)}")
+        # ``sum``: a loss of one element may have axes.
         grads = torch.autograd.grad(value.sum(), wanted, create_graph=True, materialize_grads=True)
         gradient = torch.cat([grad.flatten() for grad in grads])
 
@@ -145,6 +146,7 @@ def probe_inverse(
     size = (h.square() + variance + prior.square()).sqrt()
     size = size.clamp_min(MIN_CURVATURE[dtype] * size.max())
     basis = Basis((n,), [(0, Rotation(plan, rotation.matrices))])
+    # Zero but for rounding is not negative.
     negative = int((h < -2 * variance.sqrt() - MIN_CURVATURE[dtype] * size.max()).sum())
     return ProbedFit(RotatedDiagonal(basis, 1 / size), errors[-1], errors, negative)
 

@@ -107,6 +107,7 @@ class Rotation:
     def dense(self) -> Tensor:
         """The matrices Q, ``(count, n, n)``, made anew when the matrices have changed. Cost: n columns."""
         made_of = self.matrices._version
+        # Never kept with a gradient: every graph needs its own.
         if self._dense is None or self._dense[0] != made_of or self.matrices.requires_grad:
             q = torch.eye(self.plan.n, dtype=self.matrices.dtype, device=self.matrices.device).expand(
                 self.count, -1, -1
@@ -141,6 +142,7 @@ class Rotation:
             for run, matrix, values in zip(stage.runs, matrices, _split(stage, part), strict=True):
                 inner = torch.diag_embed(values.unflatten(0, (len(d), run.groups)).permute(0, 3, 1, 2))
                 if blocks is not None:
+                    # What the stage above made of the leading outputs takes the place of their own d.
                     own, blocks = blocks[:, :, : run.groups], blocks[:, :, run.groups :]
                     inner[..., :lead, :lead] = own
                 groups.append(matrix[:, None] @ inner @ matrix[:, None].mT)
@@ -233,6 +235,7 @@ class Rotation:
         Cost: a QR decomposition and four products of each group.
         """
         change: Tensor | None = None  # of the leading outputs of the stage before, (count, groups, lead, lead)
+        # What is kept is computed all the same and left out afterwards: nothing is read on the host.
         keep = None if usable is None else ~usable.view(-1, 1, 1, 1)
         for (stage, matrices), moments in zip(self._stages, self._known_moments(), strict=True):
             changes = []
@@ -241,6 +244,7 @@ class Rotation:
                 before, moved = matrix, moment
                 own: Tensor | None = None
                 if change is not None:
+                    # Runs take their children in order, as ``plan`` lists them.
                     children = run.span // self.plan.lead
                     own, change = change[:, :children], change[:, children:]
                 elif entering is not None and stage is self.plan.stages[0]:
@@ -276,6 +280,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     Accurate whatever the condition; columns of zero are completed to a basis.
     """
     q, r = torch.linalg.qr(matrices)
+    # LAPACK leaves the signs open: chosen so, a basis that fits already does not flip.
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     return q * signs.to(q.dtype).unsqueeze(-2)
 

@@ -29,6 +29,7 @@ def round_stochastically(value: Tensor, *, stream: int, step: Tensor) -> Tensor:
     value = value.contiguous()
     noise = random_bits(value.numel(), stream=stream, step=step.long(), device=value.device) & 0xFFFF
     bits = value.view(torch.int32) + noise.to(torch.int32).view(value.shape)
+    # -0x10000 is 0xFFFF0000 as int32. A NaN might carry into the sign.
     return torch.where(value.isfinite(), (bits & -0x10000).view(torch.float32), value)
 
 

@@ -113,6 +113,7 @@ def update_(state: State, delta_theta: Tensor, delta_grad: Tensor, *, beta: floa
     scale = delta_theta.abs().max()
     # First to numbers of order 1: squares of short displacements underflow.
     s, y = ((x / scale).to(values.dtype).reshape(basis.shape) for x in (delta_theta, delta_grad))
+    # Both by the norm of the s before: the right side is made first.
     s, y = s / s.norm(), y / s.norm()
     state["pairs"].mul_(beta).add_(1)
     if len(axes) > 1:
@@ -120,6 +121,7 @@ def update_(state: State, delta_theta: Tensor, delta_grad: Tensor, *, beta: floa
     else:
         _observe_(state, 0, s.view(1, -1, 1), y.view(1, -1, 1), beta)
     state["stale"] = 1
+    # Later stages take the next pair in this basis; a single dense group can wait until it is asked.
     if len(axes) > 1 or len(_plan(state, axes[0][1]).stages) > 1:
         refit_(state)
 
@@ -136,6 +138,7 @@ def refit_(state: State) -> None:
     h = h.reshape(state["values"].shape)
     floor = ROUNDING[h.dtype] * h.abs().max()
     state["negative"].copy_((h < -floor).sum())
+    # Where all curvature is 0 its inverse stays finite.
     state["values"].copy_(h.abs().clamp_min(floor).clamp_min(torch.finfo(h.dtype).tiny))
     state["stale"] = 0
 
@@ -268,11 +271,13 @@ def curvature(gram: Tensor, cross: Tensor, prior: Tensor, least: Tensor) -> Tens
     both = known.unsqueeze(-1) & known.unsqueeze(-2)
     total = torch.where(both, rows + columns, 1.0)
     entries = torch.where(both, (turned + turned.mT) / total, 0.0)
+    # Entries off the diagonal are told twice; a group of one coordinate has none.
     weight = torch.where(both, rows * columns / total, 0.0) * (1 - eye)
     apart = torch.where(both, turned / torch.where(both, columns, 1.0), 0.0)
     noise = ((apart - apart.mT) * weight).square().sum((-2, -1)) / weight.sum((-2, -1)).clamp_min(1e-30)
     spread = ((entries - prior).square() * both * total).sum((-2, -1)) / (both * total).sum((-2, -1)).clamp_min(1e-30)
     share = noise / torch.maximum(noise, spread).clamp_min(torch.finfo(gram.dtype).tiny)
+    # With ``least`` an entry that was never seen is the prior, and not 0 / 0.
     lam = PRIOR * share[..., None, None] + least
     h = (turned + turned.mT + 2 * lam * prior) / (rows + columns + 2 * lam)
     return basis @ h @ basis.mT
@@ -309,6 +314,7 @@ def _observe_axes_(state: State, basis: Basis, s: Tensor, y: Tensor, beta: float
     for dim, rotation in basis.rotations:
         # Column j of the other axes sees its own curvature h_j: stiff ones, which leak into the others, count as much.
         own = h.log().mean(dim, keepdim=True).exp()
+        # Back along its own axis: groups are fitted to the original coordinates of it.
         back = Basis(basis.shape, [(dim, rotation)])
         entering = (back.from_rotated(x).movedim(dim, 0) for x in (w * own.sqrt(), u / own.sqrt()))
         columns = [x.reshape(1, h.shape[dim], -1) for x in entering]
@@ -331,9 +337,8 @@ def _refit_axis(state: State, dim: int, n: int) -> Tensor:
     names = ("gram", "cross", "energy", "matrices")
     views = [plan.views(state[f"{name}{dim}"]) for name in names]
     h = state["values"].new_zeros(n)
-    change = keep = h.new_zeros(
-        0
-    )  # of the leading outputs of the stage before, (1, groups, lead, lead) and (1, groups)
+    # Of the leading outputs of the stage before, (1, groups, lead, lead) and (1, groups).
+    change = keep = h.new_zeros(0)
     # Of all leaves together: what a group that has not moved is taken for.
     b, c, a = (torch.stack([_trace(run).sum() for run in view[0]]).sum() for view in views[:3])
     default = _prior(b, c, a, torch.ones_like(b))
@@ -403,6 +408,7 @@ def _leading(group: _Group, lead: int) -> tuple[Tensor, Tensor, Tensor]:
     basis = torch.linalg.eigh((left + left.mT) / scale).eigenvectors.flip(-1)
     values, unexplained, turn = _eigen(group, basis[..., lead:])
     after = torch.cat((basis[..., :lead], basis[..., lead:] @ turn), dim=-1)
+    # 0 for the leading outputs, which a later stage fills in.
     return torch.cat((torch.zeros_like(basis[..., 0, :lead]), values), dim=-1), unexplained, after
 
 
@@ -417,6 +423,7 @@ def _eigen(group: _Group, within: Tensor | None = None) -> tuple[Tensor, Tensor,
     b, c, a = ((basis * (total @ basis)).sum(-2) for total in group.within(within))
     rest = (a - 2 * values * c + values.square() * b).clamp_min(0)
     if group.size < group.n:
+        # A residual is no larger than the change of gradient itself.
         rest = torch.minimum(
             rest / (1 - group.size / group.count.clamp_min(group.size)).clamp_min(1e-3), a.clamp_min(0)
         )

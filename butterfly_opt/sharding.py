@@ -91,6 +91,7 @@ class ShardedRotation:
     async def start_(self, values: Tensor) -> None:
         """See ``Rotation.start_``."""
         await self._start_(self.inner, values)
+        # After its own start: the heads are outputs of the new matrices.
         if self.meeting is not None:
             await self._start_(await self.meeting.outer(), await self._heads(values))
             self.meeting.store()
@@ -123,6 +124,7 @@ class ShardedRotation:
             total = await Sum(torch.cat(own) if own else values.new_zeros(0), self.over)
             for moment, part in zip(moments, total.split([len(part) for part in own]), strict=True):
                 moment.copy_(part.view_as(moment))
+        # Once more: the last stage is fitted after its moments were yielded.
         next(stages, None)
 
 
@@ -145,6 +147,7 @@ class Meeting:
         self.bounds = share_bounds(self.plan, self.sizes)
         low, high = self.bounds[cut.index : cut.index + 2]
         self._saved = matrices[:, : high - low], moments[:, : high - low]
+        # Put together when awaited: a constructor cannot ask other processes.
         self._outer: Rotation | None = None
 
     @property
@@ -200,6 +203,7 @@ class Meeting:
         if change is None:
             own = torch.eye(self.size, dtype=matrices.dtype, device=matrices.device).repeat(len(matrices), 1, 1)
         else:
+            # The last stage of a shard is one group, its root.
             own = change[:, 0, : self.size, : self.size]
         own = _padded(_padded(own, 1, largest), 2, largest)
         joined = own.new_zeros(len(own), self.plan.n, self.plan.n)
@@ -247,6 +251,7 @@ def new_basis(layout: TensorLayout, dim: int, options: Options) -> tuple[Tensor,
         matrices = identity_matrices(make_plan(n, block, lead), batch, layout.dtype, device)
     else:
         rows = torch.zeros(batch, n * row_numbers(block, lead), dtype=layout.dtype, device=device)
+        # On views of ``rows``: what these are given is the state.
         rotation = rotation_of(layout, dim, options, rows, rows.clone())
         assert isinstance(rotation, ShardedRotation)
         rotation.inner.matrices.copy_(identity_matrices(rotation.inner.plan, batch, layout.dtype, device))
@@ -269,12 +274,14 @@ def rotation_of(
         moments: the same of the second.
     """
     block, lead, n, cuts = options["block"], options["lead"], layout.shape[dim], dict(layout.cuts)
+    # ``-3 - dim`` is the other one of -2 and -1.
     cut, other = cuts.get(dim), cuts.get(-3 - dim)
     over = other.group if other is not None and other.shards > 1 and layout.cross_shard else None
     if cut is None:
         whole = Rotation(make_plan(n, block, lead), matrices, moments)
         return whole if over is None else ShardedRotation(whole, None, over)
     meets = cut.shards > 1 and layout.cross_shard
+    # Without heads a shard is rotated to its own root, an empty one not at all.
     plan = inner_plan(n, block, lead, heads(cut.sizes, lead)[cut.index] if meets else 0)
     inner = Rotation(plan, matrices[:, : plan.numel], moments[:, : plan.numel])
     if not meets:
@@ -300,6 +307,7 @@ def _placed(matrices: Tensor, layout: TensorLayout, dim: int, options: Options) 
     if dim in cuts:
         tensor_dims[cuts[dim].mesh_dim] = 1
     elif _lies_by_shard(layout, dim):
+        # Statistics of shards by themselves lie one behind the other in the batch.
         tensor_dims[cuts[-3 - dim].mesh_dim] = 0
     if not tensor_dims:
         return matrices

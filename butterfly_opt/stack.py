@@ -89,9 +89,11 @@ def check_state(state: State, layout: TensorLayout, options: Any) -> bool:
     if not shard_counts(layout).items() <= state.items():
         return False
     if options["diagonal"] == "newton":
+        # The shapes of its sums (``secant``) follow from block and lead.
         return all(name in state and state[name].shape == shape for name, shape in expected.items()) and (
             (state.get("block"), state.get("lead")) == (options["block"], options["lead"])
         )
+    # Nor may it hold what another diagonal or structure keeps: that would go stale unseen.
     others = {*sum(AVERAGES.values(), ()), *(f"{name}{axis}" for name in BASIS for axis in (0, 1))}
     fits = all(name in state and state[name].shape == shape for name, shape in expected.items())
     return fits and not (others - expected.keys()) & state.keys()
@@ -181,8 +183,10 @@ class Stack:
             self._lengths = torch.tensor([layout.shape[-1] for layout in layouts], device=device)
             first = TensorLayout(tuple(self.params), (1, 1, sum(layout.shape[-1] for layout in layouts)), ())
         self._joint, self.shape = first, first.shape
+        # Several parameters make one tensor in ``flat``, and where vectors of several lengths are joined.
         self._count = 1 if len(first.params) > 1 else len(layouts)
         shard = sum(cut.index for _, cut in layouts[0].cuts)
+        # Bits of their own: 2^16 parameters a stack, 2^8 stacks, then the shards.
         self.streams = [(shard << 24) + (phase << 16) + i for i in range(len(self.params))]
         self.rows: Tensor
         self.active = torch.ones(len(layouts), dtype=torch.bool, device=device)
@@ -205,6 +209,7 @@ class Stack:
     def _join(self, name: str) -> Tensor:
         """A state of all tensors in one storage, ``(tensors, *shape)``; the states become views of it."""
         own = [local(state[name]) for state in self.states]
+        # By itself a tensor stays where it is: large ones are not copied.
         if len(own) == 1:
             return own[0].unsqueeze(0)
         is_ragged = self._lengths is not None and name not in COUNTERS
@@ -253,6 +258,7 @@ class Stack:
     def is_due(self, clock: Any) -> Any:
         """Whether a refit is due: of a number of steps, or of each in a tensor."""
         every, shifted = self.options["refit_every"], clock + self.phase
+        # ``&`` and ``|``: the clock may be a tensor.
         early = (clock <= REFIT_WARMUP) & (shifted % min(every, WARMUP_EVERY) == 0)
         return early | ((clock > REFIT_WARMUP) & (shifted % every == 0))
 
@@ -287,6 +293,7 @@ class Stack:
 
     async def from_rotated(self, u: Tensor) -> Tensor:
         """``Q u``, the inverse of ``to_rotated``."""
+        # In the same order: rows and columns do not disturb one another.
         for dim, rotation in self.rotations:
             u = await settled(rotation.from_rotated(u, dim=dim))
         return u
@@ -295,6 +302,7 @@ class Stack:
         """The mean of several ``(count, rows, columns)`` over each tensor, all its shards, ``(count, 1, 1)`` each."""
         layout = self.layouts[0]
         cuts = dict(layout.cuts if layout.cross_shard else ())
+        # A cut batch asks for no sum: a mean is that of one matrix.
         batch = cuts.pop(-3).n if -3 in cuts else self.shape[0]
         if self._lengths is not None:
             parts = [self.scatter(value) for value in values]
@@ -304,6 +312,7 @@ class Stack:
         sums = torch.stack([value.sum((-2, -1), keepdim=True) for value in values])
         for cut in cuts.values():
             sums = await Sum(sums, cut.group)
+        # ``numel`` of a DTensor counts all shards.
         return (sums / (layout.owner.numel() // batch)).unbind()
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -374,9 +383,11 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
         # The kernels step vectors of several lengths in one launch as they are.
         if device.type == "cpu" and options["backend"] != "triton" and _is_plain_vector(layout):
             shape = "vectors"
+        # By calls too: a stack has one clock, and so one schedule of refits.
         key = shape, layout.owner.dtype, device, state["calls"], waits
         known = alike[key]
         elements = sum(own.owner.numel() for own, _ in known) + layout.owner.numel()
+        # ``newton`` steps one tensor at a time.
         if known and (options["diagonal"] == "newton" or elements > room):
             full.append(known)
             known = alike[key] = []
@@ -397,6 +408,7 @@ def make_cohorts(layouts: Sequence[TensorLayout], states: Sequence[State], optio
     """The cohorts of a group's tensors."""
     alike: dict[Any, list[Stack]] = defaultdict(list)
     for stack in make_stacks(layouts, states, options):
+        # By dtype too: the floor under the scale depends on it.
         alike[stack.layouts[0].owner.device, stack.layouts[0].dtype].append(stack)
     return [Cohort(stacks) for stacks in alike.values()]
 

@@ -59,6 +59,7 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
         grad = torch.where(stack.per_tensor(usable), grad, exp_avg)
     y = grad - exp_avg
     exp_avg.lerp_(grad, n.mean)
+    # A refit comes first: averages, direction and the way back share one basis.
     await fit_basis_(stack, y, n, usable)
     ahead = exp_avg.lerp(grad, n.mean)
     if options["diagonal"] == "innovation":
@@ -87,12 +88,15 @@ def count_steps_(cohort: Cohort, gate: Gate) -> None:
     cohort.counters["skipped"].add_(~gate.finite)
     t = step.double().clamp_min_(1)
     t_mean = t if cohort.earlier_steps is None else t + cohort.earlier_steps
+    # Pairs start at the second step: the first displacement is zero.
     weights = _weights((beta1, beta2, beta2, MOMENT_BETA), [t_mean, t, (t - 1).clamp_min_(1), t])
     # The first weight is 1 only up to rounding: above it, an average could get negative.
     mean, square, pair, moment = weights.clamp_max_(1.0).mul_(gate.active).unbind()
     usable = gate.finite.double()
+    # 0-d: a tensor of one element may have the shape (1,).
     lr = options["lr"].to(t).view(()) if isinstance(options["lr"], Tensor) else options["lr"]
     dtype = cohort.layouts[0].dtype
+    # A skipped step has the rate 0, but 0 times NaN is no 0.
     floors = floor(options["eps"], torch.where(gate.finite, gate.largest, 0.0), dtype).double()
     rows = torch.stack(Numbers(mean, square, pair, t, usable * lr, floors, moment, usable)).to(dtype)
     for stack, own in zip(cohort.stacks, cohort.split(rows), strict=True):
@@ -106,8 +110,10 @@ def _weights(betas: Sequence[Any], counts: list[Tensor]) -> Tensor:
         logs: list[Any] = [beta.log() for beta in betas]
     else:
         # As numbers: a tensor of them would have to be copied to a GPU.
+        # -inf is what a beta of 0 wants: expm1 makes -1 of it, and the weight 1.
         logs = [math.log(beta) if beta else -math.inf for beta in betas]
     weights = torch._foreach_mul(counts, logs)
+    # For betas near 1 ``1 - beta^count`` would cancel.
     torch._foreach_expm1_(weights)
     torch._foreach_reciprocal_(weights)
     return torch.stack(torch._foreach_mul(weights, [beta - 1 for beta in betas]))
@@ -115,6 +121,7 @@ def _weights(betas: Sequence[Any], counts: list[Tensor]) -> Tensor:
 
 async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> None:
     """Takes the innovations into the second moments of each axis, and refits its rotation where that is due."""
+    # Without calls no gradient has counted yet: it leaves no trace.
     if not stack.calls or not stack.rotations:
         return
     refits, weight = stack.refits(), n.moment.view(-1)
@@ -155,6 +162,7 @@ def gradient(param: Tensor, grad: Tensor, options: Options, dtype: torch.dtype) 
     grad = -grad if options["maximize"] else grad
     if options["decoupled_weight_decay"] or not options["weight_decay"]:
         return grad
+    # In the dtype of the state: the sum is not rounded to bfloat16.
     return grad.to(dtype) + options["weight_decay"] * local(param.detach())
 
 
@@ -188,6 +196,7 @@ def write_(stack: Stack, change: Tensor) -> None:
         change = change + (theta if keep is None else theta * stack.per_tensor(keep))
     changes = stack.scatter(change)
     if is_mixed and options["stochastic_rounding"] and dtype == torch.bfloat16:
+        # A tuple repeated: in ``flat`` all parameters share the numbers of the only tensor.
         own = zip(changes, stack.streams, numbers.step.unbind() * each, strict=True)
         changes = [round_stochastically(value, stream=stream, step=step) for value, stream, step in own]
     moving = [i for i, param in enumerate(stack.params) if param.grad is not None]

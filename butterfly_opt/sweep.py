@@ -45,6 +45,7 @@ def sweep(matrix: Tensor, plan: Plan, criterion: str) -> Rotation:
         if plan.is_full:
             found = _full(matrix, stage, index, plan.block)
         else:
+            # The root has no others to be coupled to.
             inverse = torch.linalg.inv(matrix) if criterion == "logdet" and stage is not plan.stages[-1] else None
             found = _leading(matrix, inverse, stage)
         for old, new in zip(matrices, found, strict=True):
@@ -85,6 +86,7 @@ def _leading(matrix: Tensor, inverse: Tensor | None, stage: Stage) -> list[Tenso
     for run, own, part, other in zip(stage.runs, _blocks(matrix, stage.runs), rows, others, strict=True):
         values, vectors = torch.linalg.eigh(own)
         if inverse is None:
+            # Within its group v is an eigenvector: the rest of its energy lies in others.
             coupled = (vectors.mT @ part.unflatten(0, run)).square().sum(-1) - values.square()
         else:
             alone = (vectors * torch.linalg.solve(other, vectors)).sum(-2)
@@ -101,6 +103,7 @@ def _full(matrix: Tensor, stage: Stage, index: Tensor, radix: int) -> list[Tenso
         return [torch.linalg.eigh(own).eigenvectors.flip(-1)[None] for own in _blocks(groups, stage.runs)]
     (own,) = _blocks(groups, stage.runs)
     angle = 0.5 * torch.atan2(2 * own[:, 0, 1], own[:, 0, 0] - own[:, 1, 1])
+    # The smallest of the angles that diagonalise; ``_exchanges`` settles the order of the outputs.
     angle = angle - math.pi / 2 * torch.round(angle / (math.pi / 2))
     turn = _givens(angle)
     # Rows and columns of the pairs turned; coordinates without a partner are needed beside them.

@@ -7,9 +7,7 @@ Formula, the names of ``butterfly_opt.rotation``, ``T`` block-diagonal by the ch
     B' = the orthogonal factor of C B, R with a diagonal >= 0
     change = (B'^T B)[:lead, :lead]  for the stage above
 
-The factor is made by Householder reflections, as LAPACK's: accurate whatever the condition. A column is first divided
-by its largest entry, which changes R alone, so that no square over- or underflows. Reflections of a block-diagonal
-matrix stay within its blocks, exactly: small groups share a program.
+The factor is made by Householder reflections, as LAPACK's: accurate whatever the condition.
 
 Layout. Matrices and moments lie where the table of tiles says; changes are scratch, ``(lead, lead)`` a group. All
 groups of a stage of a list are one launch; stages follow one another.
@@ -43,9 +41,11 @@ def _observe_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH
     j = entries % WIDTH
     # Of a partial moment the upper half is written, in fours.
     upper = i // 4 <= j // 4
+    # int64: the partial moments of a list may be more than 2^31 numbers.
     first = tl.load(groups_ptr + 2).to(tl.int64)
     count = tl.load(groups_ptr + 3)
     moment = tl.zeros((SLICE,), tl.float32)
+    # In the order of the tables, without atomics: the same sum in every run.
     for start in range(0, count, AHEAD):
         number = start + tl.arange(0, AHEAD)[:, None]
         partial = (first + number) * (WIDTH * WIDTH) + entries[None, :]
@@ -58,6 +58,7 @@ def _observe_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH
     before = tl.load(moments_ptr + offsets, mask=inside, other=0.0)
     after = before + weight * (moment - before)
     tl.store(moments_ptr + offsets, after, mask=inside)
+    # Both halves get one value: C stays symmetric to the bit.
     mirrored, _ = block_offsets(tile_ptr, j, i, False, ALONE)
     tl.store(moments_ptr + mirrored, after, mask=inside & (i < j))
 
@@ -68,16 +69,20 @@ def _orthogonal_factor(a, total, WIDTH: tl.constexpr):
     rows = tl.arange(0, WIDTH)
     i = rows[:, None]
     j = rows[None, :]
+    # Over its largest entry, which changes R alone: no square over- or underflows.
     largest = tl.max(tl.abs(a), axis=0)
     a = a / tl.where(largest > 0, largest, 1.0)[None, :]
     # All reflections of A, which turn the identity into Q^T: both sums run down a column, which one lane holds.
     q = tl.where(i == j, 1.0, 0.0)
+    # Of a block-diagonal matrix a reflection stays within its block, exactly: small groups share a tile.
     for k in range(total):
+        # A gather: a masked sum would be a third sum over the whole tile.
         column = tl.sum(tl.gather(a, tl.zeros_like(i) + k, axis=1), axis=1)
         alpha = tl.sum(tl.where(rows == k, column, 0.0), axis=0)
         below = tl.where(rows > k, column, 0.0)
         rest = tl.sum(below * below, axis=0)
         norm = tl.sqrt_rn(alpha * alpha + rest)
+        # Of the other sign than alpha: ``alpha - beta`` does not cancel.
         beta = tl.where(alpha < 0, norm, -norm)
         # A column that is finished already is left alone.
         moves = rest > 0
@@ -99,6 +104,7 @@ def _multiply(a, b):
     return product(a_high, a_low, b_high, b_low) * a_unit * b_unit
 
 
+# Else compiled anew where ``lead`` is 1 or a multiple of 16, and by the alignment of the groups.
 @triton.jit(do_not_specialize=["groups_ptr", "lead"])
 def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, scratch_ptr, gate, lead, shift,
                   WIDTH: tl.constexpr, ALONE: tl.constexpr, TRANSPORT: tl.constexpr,
@@ -126,6 +132,7 @@ def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, scratch_ptr, 
         tl.store(matrices_ptr + offsets, before, mask=inside)
         tl.store(moments_ptr, moment, mask=inside)
     diagonal = tl.sum(tl.where(i == j, moment, 0.0), axis=0)
+    # A tile may hold several groups, each with its own trace.
     trace = tl.sum(tl.where(i // size == j // size, diagonal[None, :], 0.0), axis=1)
     turned = _multiply(moment, before) + shift * trace[:, None] * before
     # By way of memory, where the first partial moment was: a product leaves its entries so that no lane has a column.
@@ -134,13 +141,16 @@ def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, scratch_ptr, 
     tl.debug_barrier()
     after = _orthogonal_factor(tl.load(scratch_ptr), total, WIDTH)
     if CHANGE:
+        # Read again: registers are needed for the reflections.
         change = _multiply(after, tl.load(matrices_ptr + offsets, mask=inside, other=0.0))
         # The root's outputs go nowhere: its lead is 0.
         goes_on = tl.load(tile_ptr + 5)
         leading = inside & (i % size < goes_on) & (j % size < goes_on)
         target = tl.load(tile_ptr + 6) + i // size * lead * lead + i % size * lead + j % size
         tl.store(changes_ptr + target, change, mask=leading)
+        # All have read the old matrix before anybody overwrites it.
         tl.debug_barrier()
+    # ``after`` is Q^T: memory takes Q.
     mirrored, _ = block_offsets(tile_ptr, j, i, False, ALONE)
     tl.store(matrices_ptr + mirrored, after, mask=inside)
 
@@ -179,6 +189,8 @@ def refit_(operands: Operands, *, gate: int, shift: float) -> None:
     for number, level in enumerate(tables.levels):
         for pool, width in tables.widths.items():
             if groups := len(level.groups[pool]):
+                # Leaves have no children, and full plans (``lead`` 0) transport nothing.
+                # For a width of 64, 2 and 8 warps take 1.5 and 1.7 times as long as 4 (experiments/NOTES.md).
                 _refit_kernel[(groups,)](
                     tables.tiles, level.groups[pool], operands.numbers, changes, operands.partials[pool], gate,
                     max(lead, 1), shift, WIDTH=width, ALONE=tables.parts[0].alone, TRANSPORT=number > 0 and lead > 0,

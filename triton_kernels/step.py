@@ -55,6 +55,7 @@ _TORCH_STEP = "butterfly_opt.step.take_step_"
 _M = tl.constexpr(len(MATRIX))
 _N = tl.constexpr(len(NUMBERS))
 _P = tl.constexpr(len(PROGRAM))
+# The bounds of ``butterfly_opt.diagonal.regress``, which kernels must not import.
 _ROOT_TINY = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
 _LEAST_TAU2 = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.75)
 
@@ -66,6 +67,7 @@ def _find_tile(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, L
     programs_ptr += tl.program_id(0) * _P
     matrix = tl.load(programs_ptr).to(tl.int64)
     matrices_ptr += matrix * _M
+    # Of a list int64: a batch of matrices may have more than 2^31 elements.
     first = tl.load(matrices_ptr + 5)
     # Places within a matrix are int32: half the registers and the arithmetic (``tiles.MAX_NUMEL``).
     columns = tl.load(matrices_ptr + 6).to(tl.int32)
@@ -74,6 +76,7 @@ def _find_tile(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, L
         columns = tl.multiple_of(columns, 4)
     row_ptr = tiles_ptr + tl.load(programs_ptr + 1) * _WIDE
     column_ptr = tiles_ptr + tl.load(programs_ptr + 2) * _WIDE
+    # Accesses run along the columns: where rows begin does not matter.
     own_rows, in_rows = coordinates(row_ptr, HEIGHT, LEAVES, False)
     own_columns, in_columns = coordinates(column_ptr, WIDTH, LEAVES, ALIGNED)
     offsets = own_rows[:, None] * columns + own_columns[None, :]
@@ -105,6 +108,7 @@ def _turn(x, row, row_low, column, column_low, ROWS: tl.constexpr, COLUMNS: tl.c
             row_low = tl.trans(row_low)
         x = product(row, row_low, high, low)
     if COLUMNS:
+        # Not scaled again: ``scaled`` leaves room for what an orthogonal matrix makes of a tile.
         high, low = halves(x)
         if BACK:
             column = tl.trans(column)
@@ -117,6 +121,7 @@ def _turn(x, row, row_low, column, column_low, ROWS: tl.constexpr, COLUMNS: tl.c
 def _store_moments(entry_ptr, partial_ptr, left, left_low, right, right_low, unit, WIDTH: tl.constexpr):
     """The partial second moment of a rotated tile; of its symmetric entries the upper half."""
     slot = tl.load(entry_ptr).to(tl.int64)
+    # By the unit twice: its square may underflow where the moment does not.
     moment = product(left, left_low, right, right_low) * unit * unit
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
@@ -140,6 +145,7 @@ def _average(entry_ptr, offsets, newest, weight, mask, ALIGNED: tl.constexpr):
     average = tl.load(average_ptr, mask=mask, other=0.0)
     average += weight * (newest - average)
     tl.store(average_ptr, average, mask=mask)
+    # Elsewhere it is ``weight newest``, which the sums of B and |C| must not count.
     return tl.where(mask, average, 0.0)
 
 
@@ -164,6 +170,7 @@ def _regressed(energy, disp_sq, cross, means_ptr, step, newest, REGRESSION: tl.c
     residual = _at_least(energy - c * c / (b + 1 / MAX_RIDGE), 0.0)
     inverse_slope = 1.0 / _at_least(mean_slope, _ROOT_TINY)
     ridge = residual * inverse_slope * (inverse_slope * newest)
+    # No ``tl.minimum``: a NaN has to stay one, as with torch's clamp.
     ridge = tl.where(ridge > MAX_RIDGE, MAX_RIDGE, ridge) + ROUNDING
     slope = (c + ridge * mean_slope) / (b + ridge)
     noise = _at_least(energy + slope * (slope * b - 2.0 * c), 0.0)
@@ -193,6 +200,7 @@ def _energy(u, w, matrix_ptr, numbers_ptr, means_ptr, sums_ptr, offsets, mask, R
         weight = tl.load(numbers_ptr + 2)
         disp_sq = _average(matrix_ptr + 3, offsets, w * w, weight, mask, ALIGNED)
         cross = _average(matrix_ptr + 4, offsets, u * w, weight, mask, ALIGNED)
+        # A place of its own for each program: atomics would add in another order in every run.
         tl.store(sums_ptr, _sum(disp_sq))
         tl.store(sums_ptr + 1, _sum(tl.abs(cross)))
         energy = _regressed(energy, disp_sq, cross, means_ptr, tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 12),
@@ -210,6 +218,7 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
     program_ptr, matrix, matrix_ptr, numbers_ptr, values_ptr, row_ptr, column_ptr, offsets, mask, others = _find_tile(
         matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr, LEAVES, HEIGHT, WIDTH, ALIGNED, ALONE
     )
+    # Asked of the device: a captured graph launches the same programs in every step.
     if tl.load(numbers_ptr + gate) == 0:
         return
     final = mask & (others == 0)
@@ -227,8 +236,10 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
             weight = tl.load(numbers_ptr)
             mean += weight * u
             tl.store(mean_ptr + offsets, mean, mask=mask)
+            # Of which tiles the way back must read gbar; it has the same programs at the leaves.
             found = tl.max(tl.max(tl.where(mask & (mean == 0), 1, 0), axis=1), axis=0)
             tl.store(flags_ptr + tl.program_id(0), found)
+            # After the update of gbar ``g - gbar`` is ``(1 - a) y``.
             tl.store(ahead_ptr + offsets, mean + weight * (1.0 - weight) * u, mask=mask)
             if REGRESSION is not None:
                 param_avg_ptr = pointer(matrix_ptr + 2, tl.float32, ALIGNED)
@@ -243,6 +254,7 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
     if ROWS or COLUMNS:
         u, unit = scaled(u)
         if OBSERVE:
+            # Before the turn: second moments are those of what enters a level.
             high, low = halves(u)
             if ROWS:
                 _store_moments(program_ptr + 4, row_partial_ptr, high, low, tl.trans(high), tl.trans(low), unit, HEIGHT)
@@ -254,6 +266,7 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
     waits = others
     if STEP and (REGRESSION is not None):
         waits = mask
+    # Of vectors nothing was turned: u and w are still in registers.
     if ROWS or COLUMNS:
         tl.store(values_ptr + offsets, u, mask=waits)
     if STEP:
@@ -264,6 +277,7 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
                 w, unit = scaled(w)
                 w = _turn(w, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
                 tl.store(disp_ptr + offsets, w, mask=waits)
+                # A product's entries lie over the lanes otherwise than a load's: written by all before any reads.
                 tl.debug_barrier()
                 u = tl.load(values_ptr + offsets, mask=mask, other=0.0)
                 w = tl.load(disp_ptr + offsets, mask=mask, other=0.0)
@@ -290,6 +304,7 @@ def _means_kernel(matrices_ptr, numbers_ptr, sums_ptr, means_ptr, BLOCK: tl.cons
     rows = tl.arange(0, BLOCK)[:, None]
     both = tl.arange(0, 2)
     total = tl.zeros((BLOCK, 2), tl.float64)
+    # In the order of the programs, which is that of the tables and the same in every run.
     for start in range(0, programs, BLOCK):
         total += tl.load(sums_ptr + (start + rows) * 2 + both[None, :], mask=start + rows < programs, other=0.0)
     mean = tl.sum(total, axis=0) / tl.load(matrices_ptr + 7).to(tl.float64)
@@ -310,12 +325,15 @@ def _round(x, matrix_ptr, offsets, step, DTYPE: tl.constexpr, STOCHASTIC: tl.con
     if DTYPE == tl.bfloat16:  # noqa: SIM300 - a capital is no constant here
         # The interpreter's own cast to bfloat16 truncates, so both roundings are spelled out.
         bits = x.to(tl.uint32, bitcast=True)
+        # Half a unit in the last place, a little less where the kept bits are even: ties go to even.
         above = 0x7FFF + ((bits >> 16) & 1)
         if STOCHASTIC:
             key = _mix(tl.load(matrix_ptr + 8).to(tl.uint32))
+            # Counted over all matrices of a parameter, as torch does.
             place = (tl.load(matrix_ptr + 9) + offsets).to(tl.uint32)
             above = _mix(_mix(place ^ key) ^ (step.to(tl.int64).to(tl.uint32) * 0x9E3779B1)) & 0xFFFF
         rounded = ((bits + above) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        # A NaN may carry into the sign, and become a zero.
         x = tl.where(tl.abs(x) < float("inf"), rounded, x)
     return x.to(DTYPE)
 
@@ -377,6 +395,7 @@ def forth_(operands: Operands, *, gate: int, step: bool, observe: bool) -> None:
             DECAY=operands.decays, GRAD=_dtype(operands, "gradients"), PARAM=_dtype(operands, "parameters"),
             REGRESSION=operands.regression, SIGNAL=operands.signal,
         )  # fmt: skip
+    # After all levels: they take the means of the step before.
     if step and operands.regression:
         _means_kernel[(len(operands.means),)](
             operands.tables.matrices, operands.numbers, operands.sums, operands.means, BLOCK=512
@@ -404,8 +423,10 @@ def _launch(
     """A program for each tile of a level: 32 elements a lane, at most 4 warps."""
     tables = operands.tables
     programs, (height, width), aligned = tables.levels[level].programs, (a.width for a in tables.axes), operands.aligned
+    # Triton knows the option on NVIDIA's GPUs alone.
     if limit and torch.version.hip is None:
         constants["maxnreg"] = MAX_REGISTERS[limit]
+    # ``parts[0]``: in ``alone`` and in the widths those of a list agree (``butterfly_opt.fused``).
     kernel[(len(programs),)](
         tables.matrices, tables.tiles, programs, operands.numbers, operands.values, tables.volume, *own,
         LEAVES=level == 0, HEIGHT=height, WIDTH=width, ROW_ALIGNED=aligned[0], ALIGNED=aligned[1],

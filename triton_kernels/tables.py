@@ -201,6 +201,7 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
     ]
     # Sums of a matrix lie side by side, whatever the level of their programs.
     of_all = torch.cat(programs)[:, 0]
+    # Stable, as in ``_slots``: what a kernel adds up has one order.
     places = torch.empty_like(of_all).index_copy_(0, of_all.argsort(stable=True), torch.arange(len(of_all)))
     sums = of_all.bincount()
     levels, partials = [], [0, 0]
@@ -213,6 +214,7 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
         levels.append(Level(on_device[0], on_device[1:]))
     of_matrices = torch.cat([_matrix_rows(parts), torch.stack([sums.cumsum(0) - sums, sums], dim=1)], dim=1)
     return Tables(
+        # They keep alive what the tables point to.
         parts=parts,
         matrices=tiles.to_device(of_matrices, device),
         tiles=tiles.to_device(rows, device),
@@ -258,6 +260,7 @@ def _matrix_rows(parts: Sequence[Part]) -> Tensor:
         batch = count // len(part.streams)
         for i in range(count):
             own = first + i * size, part.shape[2], size, part.streams[i // batch], i % batch * size
+            # 4 bytes: ``tiles.check`` has seen to float32.
             rows.append([*(x + 4 * i * size for x in addresses), *own])
         first += part.numel
     return torch.tensor(rows)
@@ -290,6 +293,7 @@ def _tile_rows(parts: Sequence[Part]) -> tuple[Tensor, list[list[tuple[Tiles, Ti
                 )  # fmt: skip
                 change = changes + own * stage.groups * axis.lead**2
                 index = torch.tensor(0 if stage.coordinates is None else stage.coordinates.data_ptr())
+                # A child brings ``lead`` coordinates: that at ``start`` is child ``start / lead``, of lead^2 numbers.
                 columns = (start, length, matrix, moment, size, lead, change + group * axis.lead**2,
                            below + start * axis.lead, index)  # fmt: skip
                 rows.append(torch.stack([x.expand(len(own), len(start)) for x in columns], dim=-1).flatten(0, 1))

@@ -99,6 +99,7 @@ def make_stage(
     if start < length:
         rest = torch.arange(start, length, width)
         ends = (length - rest).clamp_max(width)
+        # As one group of ``width``: kernels divide by the size.
         parts.append(_rows(rest, ends, -torch.ones_like(rest), width, 0 * rest, plain_lead, int(visited)))
     cut, aligned = torch.cat(parts), True
     if coordinates is not None:
@@ -175,6 +176,7 @@ def coordinates(tile_ptr, WIDTH: tl.constexpr, LEAVES: tl.constexpr, ALIGNED: tl
         own = tl.load(index.to(tl.pointer_type(tl.int32)) + found, mask=listed, other=0)
         found = tl.where(listed, own, found)
         if ALIGNED:
+            # Of numbers that are loaded the compiler cannot know it.
             found = tl.max_contiguous(tl.multiple_of(found, 4), 4)
     return found, exists
 
@@ -183,6 +185,7 @@ def coordinates(tile_ptr, WIDTH: tl.constexpr, LEAVES: tl.constexpr, ALIGNED: tl
 def goes_on(tile_ptr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl.constexpr):
     """Which outputs of a tile a later stage turns again."""
     lanes = tl.arange(0, WIDTH)
+    # One group a tile saves the division, here and in ``block_offsets``.
     if not ALONE:
         lanes = lanes % tl.load(tile_ptr + 4).to(tl.int32)
     lead = tl.load(tile_ptr + 5).to(tl.int32)
@@ -211,7 +214,9 @@ def block_matrix(tile_ptr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, ALONE: tl
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
     offsets, inside = block_offsets(tile_ptr, i, j, ALIGNED, ALONE)
+    # The identity: a path of its own for levels that turn one axis was slower (experiments/NOTES.md).
     rests = (i == j) & (tl.zeros_like(i) + tl.load(tile_ptr + 2) == 0)
+    # The address of a plain tile is 0: nothing is read there.
     return tl.where(rests, 1.0, tl.load(pointer(tile_ptr + 2, tl.float32, ALIGNED) + offsets, mask=inside, other=0.0))
 
 
@@ -224,11 +229,11 @@ def halves(x):
 
 @triton.jit
 def scaled(x):
-    """A tile times a power of two that makes its largest entry 2^11 to 2^12, and the inverse of that factor.
-
-    An orthogonal matrix makes of it at most 8 times as much: below the largest float16, 65504.
-    """
+    """A tile times a power of two that makes its largest entry 2^11 to 2^12, and the inverse of that factor."""
+    # By the bits of the exponent: a power of two rounds nothing.
     exponent = tl.max(tl.abs(x)).to(tl.int32, bitcast=True) >> 23
+    # To 2^11: an orthogonal matrix of 64 makes at most 8 times as much, below the largest float16, 65504.
+    # From 1 to 253 both the factor and its inverse are normal numbers.
     exponent = tl.minimum(tl.maximum(127 + 127 + 11 - exponent, 1), 253)
     return x * (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
@@ -236,5 +241,6 @@ def scaled(x):
 @triton.jit
 def product(a_high, a_low, b_high, b_low):
     """``(a_high + a_low) (b_high + b_low)`` in float32, the smallest terms first."""
+    # ``a_low b_low``, at most 2^-22 of ``a b``, is left out.
     small = tl.dot(a_low, b_high, acc=tl.dot(a_high, b_low))
     return tl.dot(a_high, b_high, acc=small)

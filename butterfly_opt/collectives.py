@@ -89,8 +89,8 @@ def _exchange(requests: dict[int, Request]) -> dict[int, Tensor]:
             gathered = joined.new_empty(dist.get_world_size(group) * len(joined))
             all_gather(gathered, joined, group=group)
             joined = gathered.view(-1, len(joined))
-        else:
-            dist.all_reduce(joined, group=group) if len(joined) else None
+        elif len(joined):
+            dist.all_reduce(joined, group=group)
         answers.update(zip(members, joined.split(sizes, dim=-1), strict=True))
     return answers
 

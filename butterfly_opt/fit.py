@@ -110,10 +110,8 @@ def fit_checked(matrix: Tensor, criterion: str, *, block: int, lead: int, rotati
     """``fit_symmetric`` of a symmetric matrix that the caller has checked."""
     if not rotations >= 1:
         raise ValueError(f"rotations must be >= 1, got {rotations}")
-    plan, norm = (
-        make_plan(len(matrix), block, lead),
-        torch.linalg.norm(matrix).clamp_min(torch.finfo(matrix.dtype).tiny),
-    )
+    plan = make_plan(len(matrix), block, lead)
+    norm = torch.linalg.norm(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
     found, rotated = [], matrix
     errors = [_off_diagonal(matrix, norm)]
     for _ in range(rotations):

@@ -162,7 +162,7 @@ def _step_list_(members: Sequence[Member], numbers: Tensor) -> None:
     operands = _operands(members, numbers)
     observed = {own.observed for own in members}
     if tables.BEFORE in observed:
-        _forth_(operands._replace(values=operands.values[:1]), tables.BEFORE, is_step=False, observed=tables.BEFORE)
+        _forth_(operands, tables.BEFORE, is_step=False, observed=tables.BEFORE)
         refit.refit_(operands, gate=tables.BEFORE, shift=SHIFT[torch.float32])
     # A captured step launches both: on the device the weights of one of them are 0.
     capturable = members[0].stack.options["capturable"] and observed != {None}

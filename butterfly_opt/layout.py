@@ -155,8 +155,9 @@ def _cuts(param: Any, batch_dims: int) -> Iterator[tuple[int, Cut]]:
             continue
         # Of type Shard itself: a strided shard is no run of neighbours.
         dim = placement.dim - batch_dims - 2 if type(placement).__name__ == "Shard" else 0
-        if dim < -2 and placement.dim == 0:
-            dim = -3
+        if dim < -2:
+            # Of several dimensions of experts the first: parts of a later one are no runs of matrices.
+            dim = -3 if placement.dim == 0 else 0
         if not -3 <= dim <= -1 or dim in seen:
             raise NotImplementedError(
                 f"Butterfly takes DTensors that are replicated, or cut along their batch, rows or columns by one mesh "

@@ -115,8 +115,10 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
     if state["pairs"] > 0:
         errors = state["metric_errors"]
         direction = _apply_history(state, grad.flatten(), on_estimate=bool(errors[0] <= errors[1])).view(grad.shape)
-        # Where nothing is known yet an estimate may promise anything: no step is much longer than the last one.
-        direction *= (MAX_GROWTH * last.norm() / (n.lr * direction.norm()).clamp_min(1e-30)).clamp_max(1.0)
+        # Where nothing is known yet an estimate may promise anything: no step is much longer than the last one, unless
+        # that one was none (a rate of 0 in a schedule), after which nothing would ever move.
+        growth = MAX_GROWTH * last.norm() / (n.lr * direction.norm()).clamp_min(1e-30)
+        direction *= torch.where(last.any(), growth, 1.0).clamp_max(1.0)
     elif state["prev_loss"] < torch.inf:  # a closure gave it
         direction = grad.clone()  # too long a step will be halved
     else:

@@ -340,7 +340,7 @@ class Butterfly(Optimizer):
             stack.release()
         layouts = [layout for layout in _layouts(group) if any(_has_gradient(param) for param in layout.params)]
         states = [self._state_of(layout, group) for layout in layouts]
-        self._cohorts[index] = described, make_cohorts(layouts, states, group)
+        self._cohorts[index] = described, make_cohorts(layouts, states, group, index)
         return self._cohorts[index][1]
 
     def _state_of(self, layout: TensorLayout, group: Options) -> State:
@@ -579,7 +579,7 @@ def _layouts(group: Options) -> list[TensorLayout]:
 
 def _described(group: Options) -> tuple[Any, ...]:
     """What the stacks of a group are made of, beside states."""
-    names = ("structure", "batch_dims", "cross_shard", "diagonal", "block", "lead", "capturable")
+    names = ("structure", "batch_dims", "cross_shard", "diagonal", "block", "lead", "capturable", "backend")
     params = [(id(p), p.shape, p.dtype, p.device) for p in group["params"] if _has_gradient(p)]
     return id(group), [group[name] for name in names], params
 

@@ -309,7 +309,8 @@ def _eigenvectors(moments: Tensor) -> Tensor:
 
 def _apply(stages: Sequence[tuple[Stage, Sequence[Tensor]]], x: Tensor, dim: int = -2) -> Tensor:
     """Multiplies every group of some stages by its matrix, along ``dim``, stage after stage; ``x`` stays as it is."""
-    own = False  # whether x is ours to write to
+    # Whether x is ours to write to, and no operation needs it for a gradient.
+    own = False
     for stage, matrices in stages:
         part = _gather(stage, x, dim)
         turned = []
@@ -335,7 +336,7 @@ def _gather(stage: Stage, x: Tensor, dim: int = -2) -> Tensor:
 
 
 def _put(stage: Stage, x: Tensor, part: Tensor, dim: int, *, in_place: bool) -> Tensor:
-    """``x`` with ``part`` where ``_gather`` took it from; out of place also for autograd."""
+    """``x`` with ``part`` where ``_gather`` took it from."""
     index = stage.index_on(x.device)
     if index is None:
         return part

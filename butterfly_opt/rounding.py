@@ -33,6 +33,14 @@ def round_stochastically(value: Tensor, *, stream: int, step: Tensor) -> Tensor:
     return torch.where(value.isfinite(), (bits & -0x10000).view(torch.float32), value)
 
 
+def stream_of(*numbers: int) -> int:
+    """The number of a random stream, below 2^31: that of other numbers is another one but for one in 2^31."""
+    stream = 0
+    for number in numbers:
+        stream = _mix(stream + number + 1 & _MASK)
+    return stream >> 1
+
+
 def random_bits(count: int, *, stream: int, step: int | Tensor, device: torch.device) -> Tensor:
     """``count`` independent 32-bit words in an int64 vector, a pure function of the arguments.
 

@@ -190,8 +190,8 @@ class Meeting:
 
     async def gather_heads(self, u: Tensor) -> Tensor:
         """The leading coordinates of all shards one after the other, ``(count, coordinates, columns)``."""
-        heads = await Gather(_padded(u[:, : self.size], 1, max(self.sizes)), self.cut.group)
-        return torch.cat([head[:, :size] for head, size in zip(heads, self.sizes, strict=True)], dim=1)
+        gathered = await Gather(_padded(u[:, : self.size], 1, max(self.sizes)), self.cut.group)
+        return torch.cat([head[:, :size] for head, size in zip(gathered, self.sizes, strict=True)], dim=1)
 
     async def join_changes(self, change: Tensor | None) -> Tensor:
         """The changes of the heads of all shards, ``(count, coordinates, coordinates)``, block-diagonal.

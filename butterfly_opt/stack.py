@@ -31,6 +31,7 @@ from butterfly_opt.collectives import Sum
 from butterfly_opt.dtensor import is_sharded, like, local
 from butterfly_opt.layout import TensorLayout
 from butterfly_opt.rotation import Rotation
+from butterfly_opt.rounding import stream_of
 from butterfly_opt.sharding import ShardedRotation, basis_names, basis_shape, new_basis, rotation_of
 
 State = dict[str, Any]
@@ -125,7 +126,7 @@ class Gate(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The numbers of a step, each ``(count, 1, 1)`` in the dtype of the state.
+    """The numbers of a step: ``(tensors,)`` each, or to broadcast, ``(count, 1, 1)`` (``Stack.per_tensor``).
 
     Where a step is skipped all weights and the learning rate are 0, which leaves everything as it was.
 
@@ -174,7 +175,9 @@ class Stack:
         all_usable: whether the host knows that no tensor is skipped this step.
     """
 
-    def __init__(self, layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, phase: int) -> None:
+    def __init__(
+        self, layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, phase: int, group: int = 0
+    ) -> None:
         self.layouts, self.states, self.options, self.phase = layouts, states, options, phase
         self.params = [param for layout in layouts for param in layout.params]
         first, device = layouts[0], layouts[0].owner.device
@@ -186,8 +189,7 @@ class Stack:
         # Several parameters make one tensor in ``flat``, and where vectors of several lengths are joined.
         self._count = 1 if len(first.params) > 1 else len(layouts)
         shard = sum(cut.index for _, cut in layouts[0].cuts)
-        # Bits of their own: 2^16 parameters a stack, 2^8 stacks, then the shards.
-        self.streams = [(shard << 24) + (phase << 16) + i for i in range(len(self.params))]
+        self.streams = [stream_of(group, phase, shard, i) for i in range(len(self.params))]
         self.rows: Tensor
         self.active = torch.ones(len(layouts), dtype=torch.bool, device=device)
         is_on_host = device.type == "cpu" and type(self.active) is Tensor
@@ -370,9 +372,10 @@ class Cohort:
         return pairs
 
 
-def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], options: Any) -> list[Stack]:
-    """The stacks of a group's tensors."""
+def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, group: int = 0) -> list[Stack]:
+    """The stacks of a group's tensors; ``group`` is its number."""
     alike: dict[Any, list[tuple[TensorLayout, State]]] = defaultdict(list)
+    elements: dict[Any, int] = defaultdict(int)
     full: list[list[tuple[TensorLayout, State]]] = []
     for layout, state in zip(layouts, states, strict=True):
         device = layout.owner.device
@@ -386,16 +389,17 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
         # By calls too: a stack has one clock, and so one schedule of refits.
         key = shape, layout.owner.dtype, device, state["calls"], waits
         known = alike[key]
-        elements = sum(own.owner.numel() for own, _ in known) + layout.owner.numel()
+        elements[key] += layout.owner.numel()
         # ``newton`` steps one tensor at a time.
-        if known and (options["diagonal"] == "newton" or elements > room):
+        if known and (options["diagonal"] == "newton" or elements[key] > room):
             full.append(known)
-            known = alike[key] = []
+            known, elements[key] = [], layout.owner.numel()
+            alike[key] = known
         known.append((layout, state))
     # Those that wait come last: the phases of the others must not depend on them.
     groups = sorted([*full, *alike.values()], key=lambda members: not members[0][1]["calls"])
     return [
-        Stack([layout for layout, _ in members], [state for _, state in members], options, phase)
+        Stack([layout for layout, _ in members], [state for _, state in members], options, phase, group)
         for phase, members in enumerate(groups)
     ]
 
@@ -404,10 +408,10 @@ def _is_plain_vector(layout: TensorLayout) -> bool:
     return layout.shape[:2] == (1, 1) and len(layout.params) == 1 and not layout.rotated and not layout.cuts
 
 
-def make_cohorts(layouts: Sequence[TensorLayout], states: Sequence[State], options: Any) -> list[Cohort]:
-    """The cohorts of a group's tensors."""
+def make_cohorts(layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, group: int) -> list[Cohort]:
+    """The cohorts of a group's tensors; ``group`` is its number."""
     alike: dict[Any, list[Stack]] = defaultdict(list)
-    for stack in make_stacks(layouts, states, options):
+    for stack in make_stacks(layouts, states, options, group):
         # By dtype too: the floor under the scale depends on it.
         alike[stack.layouts[0].owner.device, stack.layouts[0].dtype].append(stack)
     return [Cohort(stacks) for stacks in alike.values()]

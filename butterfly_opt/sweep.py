@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from butterfly_opt.plan import Plan, Run, Stage
-from butterfly_opt.rotation import Rotation
+from butterfly_opt.rotation import Rotation, identity_matrices
 
 
 def sweep(matrix: Tensor, plan: Plan, criterion: str) -> Rotation:
@@ -37,8 +37,7 @@ def sweep(matrix: Tensor, plan: Plan, criterion: str) -> Rotation:
 
     Cost: O(n^2 block); O(n^3) for "logdet" and for the first stage of radix 2.
     """
-    rotation = Rotation.identity(plan.n, block=plan.block, lead=plan.lead, dtype=matrix.dtype, device=matrix.device)
-    rotation = Rotation(plan, rotation.matrices)
+    rotation = Rotation(plan, identity_matrices(plan, 1, matrix.dtype, matrix.device))
     for stage, matrices in zip(plan.stages, plan.views(rotation.matrices), strict=True):
         taken = stage.index_on(matrix.device)
         index = torch.arange(plan.n, device=matrix.device) if taken is None else taken
@@ -85,7 +84,9 @@ def _leading(matrix: Tensor, inverse: Tensor | None, stage: Stage) -> list[Tenso
     others = _blocks(matrix if inverse is None else inverse, stage.runs)
     for run, own, part, other in zip(stage.runs, _blocks(matrix, stage.runs), rows, others, strict=True):
         values, vectors = torch.linalg.eigh(own)
-        if inverse is None:
+        if run.size == len(matrix):
+            coupled = values  # the root: there is no other group, and the order would be that of rounding
+        elif inverse is None:
             # Within its group v is an eigenvector: the rest of its energy lies in others.
             coupled = (vectors.mT @ part.unflatten(0, run)).square().sum(-1) - values.square()
         else:

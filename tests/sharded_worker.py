@@ -398,6 +398,9 @@ def refusals(mesh: Any) -> dict[str, str]:
         "flat": lambda: Butterfly(cut, structure="flat"),
         "newton": lambda: Butterfly(cut, diagonal="newton"),
         "full plan": lambda: Butterfly(cut, block=4, lead=4),
+        "second axis of experts": lambda: Butterfly(
+            [{"params": [nn.Parameter(distribute_tensor(torch.ones(2, 4, 3, 3), mesh, [Shard(1)]))], "batch_dims": 2}]
+        ),
         "third axis": lambda: Butterfly([nn.Parameter(distribute_tensor(torch.ones(4, 4, 4), mesh, [Shard(2)]))]),
     }
     for name, make in cases.items():

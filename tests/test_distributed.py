@@ -20,11 +20,14 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 JOINT_BATCH_TOLERANCE = 1e-6
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+PROCESSES = 4
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the workers found; ``--standalone`` takes a free port."""
     file = tmp_path_factory.mktemp("distributed") / "report.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     worker = Path(__file__).with_name("distributed_worker.py")
     done = subprocess.run(
         [*command, str(worker), str(file)],
@@ -35,7 +38,7 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert found["world_size"] == request.param
+    assert found["world_size"] == PROCESSES
     return found
 
 

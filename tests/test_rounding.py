@@ -52,6 +52,20 @@ def test_streams_and_steps_are_independent() -> None:
         assert abs(agreement - 0.5) < 0.04, key
 
 
+def test_no_two_parameters_of_an_optimizer_share_random_bits() -> None:
+    """Of one shape in one group, of several lengths, in two groups."""
+    params = [nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (4096, 4096, 5000, 4096)]
+    groups = [{"params": params[:3]}, {"params": params[3:]}]
+    opt = Butterfly(groups, lr=2.0**-9, stochastic_rounding=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    drawn = [param[:4096].detach() < 1 for param in params]
+    for i, left in enumerate(drawn):
+        for right in drawn[:i]:
+            assert 0.35 < (left == right).float().mean().item() < 0.65
+
+
 def test_tiny_updates_arrive_only_with_it() -> None:
     """A constant gradient at an lr of a fiftieth of a unit in the last place."""
     moved = []

@@ -112,6 +112,7 @@ def test_what_hides_a_matrix_is_refused(reports: dict[str, Any]) -> None:
     assert "diagonal='newton' needs whole parameters" in said["newton"]
     assert "need lead < block" in said["full plan"]
     assert "dimension 0 or 1" in said["third axis"]
+    assert "dimension 0 or 1" in said["second axis of experts"]
 
 
 def test_flat_slices_in_place_of_matrices_are_refused() -> None:

@@ -90,6 +90,17 @@ def test_tensors_of_one_shape_and_all_vectors_are_one_stack_once_they_have_start
     assert stacks_of(opt) == [1, 1, 4]
 
 
+def test_stacks_are_made_anew_for_another_backend() -> None:
+    """The kernels take vectors of one length."""
+    params = make_params(SHAPES)
+    opt = Butterfly(params)
+    for step, backend in enumerate(("torch", "torch", "triton", "torch")):
+        opt.param_groups[0]["backend"] = backend
+        set_grads(params, step)
+        opt.step()
+        assert stacks_of(opt)[-1] == (2 if backend == "triton" else 4) or step == 0
+
+
 def test_a_stack_holds_no_more_than_the_cache_does() -> None:
     params = [torch.nn.Parameter(torch.zeros(128, 128)) for _ in range(17)]
     opt = Butterfly(params)

@@ -103,6 +103,24 @@ def test_training_recovers_from_bad_gradients():
     assert harmed < max(unharmed) + (max(unharmed) - min(unharmed))
 
 
+def test_newton_goes_on_after_a_rate_of_zero() -> None:
+    """As a schedule may have it: a step of no length does not bound the next one."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = Butterfly([weight], lr=1.0, diagonal="newton", structure="flat")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (weight.square() * torch.tensor([1.0, 3.0, 10.0])).sum()
+        loss.backward()
+        return loss
+
+    for lr in (1.0, 1.0, 0.0, 1.0, 1.0, 1.0):
+        optimizer.param_groups[0]["lr"] = lr
+        before = weight.detach().clone()
+        optimizer.step(closure)
+        assert torch.equal(before, weight) == (lr == 0.0)
+
+
 def test_newton_needs_fewer_gradients_than_adam_and_momentum():
     """Digits logistic regression, gradients to 1e-4: 87, more than 300, 162."""
 

@@ -420,7 +420,7 @@ def back_(operands: Operands, *, stochastic: bool, write: bool) -> None:
 def _launch(
     kernel: Any, operands: Operands, level: int, limit: str | None, *own: Tensor | int, **constants: Any
 ) -> None:
-    """A program for each tile of a level: 32 elements a lane, at most 4 warps."""
+    """A program for each tile of a level."""
     tables = operands.tables
     programs, (height, width), aligned = tables.levels[level].programs, (a.width for a in tables.axes), operands.aligned
     # Triton knows the option on NVIDIA's GPUs alone.

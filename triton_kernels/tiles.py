@@ -51,9 +51,10 @@ class Stage(NamedTuple):
     """A stage of a rotation with the rest of its axis, or all of an axis that is not rotated.
 
     Attributes:
-        tiles: int64 ``(tiles, 7)`` on the CPU: start, total, first number of the matrices (-1: plain), size of a group,
-            number of the first group, outputs of a group that a later stage turns (0, a number, or ALL), and whether a
-            launch for this stage has to visit it for its own sake.
+        tiles: int64 ``(tiles, 7)`` on the CPU, of which ``tables._tile_rows`` makes the columns of TILE: start, total,
+            first number of the matrices (-1: plain), size of a group, number of the first group, outputs of a group
+            that a later stage turns (0, a number, or ALL), and whether a launch for this stage has to visit it for its
+            own sake.
         groups: their number.
         coordinates: int32 on the device, those of the tiles one after the other; None for ``0, 1, ...``.
         aligned: tiles, groups and runs of coordinates begin and end at multiples of ALIGNMENT.

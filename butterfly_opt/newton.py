@@ -118,7 +118,7 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
         # Where nothing is known yet an estimate may promise anything: no step is much longer than the last one, unless
         # that one was none (a rate of 0 in a schedule), after which nothing would ever move.
         growth = MAX_GROWTH * last.norm() / (n.lr * direction.norm()).clamp_min(1e-30)
-        direction *= torch.where(last.any(), growth, 1.0).clamp_max(1.0)
+        direction = direction * torch.where(last.any(), growth, 1.0).clamp_max(1.0)
     elif state["prev_loss"] < torch.inf:  # a closure gave it
         direction = grad.clone()  # too long a step will be halved
     else:

@@ -364,7 +364,7 @@ class Butterfly(Optimizer):
         """Which tensors may step: the only gate there is.
 
         A tensor whose gradients have all been zero so far is not ``active``: a dummy step of zeros on a fresh
-        optimizer, as loaders make it, leaves no trace.
+        optimizer, as loaders make it, leaves no trace but decoupled decay.
 
         Cost: one pass over the gradients. On a GPU nothing is read on the host.
         """

@@ -123,7 +123,8 @@ def make_plan(n: int, block: int, lead: int) -> Plan:
     check_plan(block, lead)
     if n < 1:
         raise ValueError(f"a rotation needs n >= 1 coordinates, got n = {n}")
-    with _disable_current_modes():  # what is kept for later must not be fake
+    # What is kept for later must not be fake, nor lie where new tensors happen to be made just now.
+    with _disable_current_modes(), torch.device("cpu"):
         return _plan(n, block, lead)
 
 

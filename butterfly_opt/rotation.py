@@ -309,8 +309,7 @@ def _eigenvectors(moments: Tensor) -> Tensor:
 
 def _apply(stages: Sequence[tuple[Stage, Sequence[Tensor]]], x: Tensor, dim: int = -2) -> Tensor:
     """Multiplies every group of some stages by its matrix, along ``dim``, stage after stage; ``x`` stays as it is."""
-    # Whether x is ours to write to, and no operation needs it for a gradient.
-    own = False
+    own = False  # whether x is ours to write to
     for stage, matrices in stages:
         part = _gather(stage, x, dim)
         turned = []
@@ -331,8 +330,10 @@ def _gather(stage: Stage, x: Tensor, dim: int = -2) -> Tensor:
     index = stage.index_on(x.device)
     if index is None:
         return x
-    # Within rows index_select takes four times as long as gather.
-    return x.index_select(dim, index) if dim == -2 else x.gather(dim, index.expand(*x.shape[:-1], -1))
+    # Within rows it takes four times as long as gather, which keeps x for a gradient: ``_put`` writes over it.
+    if dim == -2 or torch.is_grad_enabled():
+        return x.index_select(dim, index)
+    return x.gather(dim, index.expand(*x.shape[:-1], -1))
 
 
 def _put(stage: Stage, x: Tensor, part: Tensor, dim: int, *, in_place: bool) -> Tensor:

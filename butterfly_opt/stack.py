@@ -14,15 +14,16 @@ The state of a tensor lies in ``optimizer.state`` under its (first) parameter, t
     prev_param, prev_grad    the last step's, beside the sums of ``secant`` and ``newton`` (newton)
     earlier_steps   number, steps before this state that ``exp_avg`` was taken over from
 
-Small tensors of one shape share one storage: their states are views of it, made when the stack is, so that a step makes
-one call for all of them and copies nothing. A state that was replaced (``load_state_dict``) is noticed by
-``is_current``.
+Small tensors of one shape, and vectors, share one storage: their states are views of it, made when the stack is, so
+that a step makes one call for all of them and copies nothing. A state that was replaced (``load_state_dict``) is
+noticed by ``is_current``.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from inspect import iscoroutine
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def new_state(layout: TensorLayout, options: Any) -> State:
     state |= {name: torch.zeros((), device=owner.device) for name in COUNTERS}
     for name in AVERAGES[options["diagonal"]]:
         state[name] = (
-            torch.zeros_like(owner, dtype=dtype, requires_grad=False)
+            torch.zeros_like(owner, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
             if is_sharded(owner)
             else torch.zeros(layout.state_shape, dtype=dtype, device=owner.device)
         )
@@ -116,7 +117,7 @@ def move_state_(state: State, layout: TensorLayout) -> None:
 
 
 class Gate(NamedTuple):
-    """Which tensors may step, ``(tensors,)`` of some stacks of one group and device, one behind the other.
+    """Which tensors may step, ``(tensors,)`` of a cohort, one behind the other.
 
     Attributes:
         finite: bool, whose gradient is finite; the others are skipped.
@@ -170,7 +171,8 @@ class Stack:
         averages: the averages of all, each ``(count, rows, columns)``.
         counters: the counters, each ``(tensors,)``.
         rotations: the rotated dimensions with their rotations.
-        phase: number of the stack in its group; it shifts the schedule, so that not all refit in one step.
+        phase: number of the stack in its group among those with a basis; it shifts the schedule, so that not all refit
+            in one step.
         streams: random streams for rounding, one a parameter.
         active: bool ``(tensors,)``, see ``Gate``.
         rows: the numbers of this step, ``(len(Numbers), tensors)`` in the dtype of the state.
@@ -180,35 +182,46 @@ class Stack:
     """
 
     def __init__(
-        self, layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, phase: int, group: int = 0
+        self,
+        layouts: Sequence[TensorLayout],
+        states: Sequence[State],
+        options: Any,
+        phase: int = 0,
+        *,
+        places: Sequence[int] | None = None,
+        group: int = 0,
     ) -> None:
+        places = range(len(layouts)) if places is None else places
         self.layouts, self.states, self.options, self.phase = layouts, states, options, phase
         self.params = [param for layout in layouts for param in layout.params]
         first, device = layouts[0], layouts[0].owner.device
         self._lengths: Tensor | None = None
-        if any(layout.shape != first.shape for layout in layouts):
+        if any(layout.state_shape != first.state_shape for layout in layouts):
             self._lengths = torch.tensor([layout.shape[-1] for layout in layouts], device=device)
             first = TensorLayout(tuple(self.params), (1, 1, sum(layout.shape[-1] for layout in layouts)), ())
         self._joint, self.shape = first, first.shape
         # Several parameters make one tensor in ``flat``, and where vectors of several lengths are joined.
         self._count = 1 if len(first.params) > 1 else len(layouts)
-        shard = sum(cut.index for _, cut in layouts[0].cuts)
-        self.streams = [stream_of(group, phase, shard, i) for i in range(len(self.params))]
+        self.streams = [
+            stream_of(group, place, i, *(cut.index for _, cut in layout.cuts))
+            for place, layout in zip(places, layouts, strict=True)
+            for i in range(len(layout.params))
+        ]
         self.rows: Tensor
         self.active = torch.ones(len(layouts), dtype=torch.bool, device=device)
         is_on_host = device.type == "cpu" and type(self.active) is Tensor
         self.is_readable = is_on_host and not options["capturable"]
         self.all_usable, self._is_settled = False, True
         batch, rows, columns = self.shape
-        count, names, bases = self._count * batch, AVERAGES[options["diagonal"]], basis_names(layouts[0])
+        total, names, bases = self._count * batch, AVERAGES[options["diagonal"]], basis_names(layouts[0])
         self._names = [*COUNTERS, *names, *(name for names in bases for name in names)]
-        self.averages = {name: self._join(name).view(count, rows, columns) for name in names}
+        self.averages = {name: self._join(name).view(total, rows, columns) for name in names}
         # A counter for each tensor of a batch: they step together.
         self.counters = {name: self._join(name) for name in COUNTERS}
         self.rotations: list[tuple[int, Rotation | ShardedRotation]] = []
         for dim, (matrices, moments) in zip(layouts[0].rotated, bases, strict=True):
             basis = [self._join(name) for name in (matrices, moments)]
-            flat = [own.view(count, own.shape[2:].numel()) for own in basis]
+            flat = [own.view(total, own.shape[2:].numel()) for own in basis]
             self.rotations.append((dim, rotation_of(layouts[0], dim, options, *flat)))
         self._views = [(state, name, state[name]) for state in states for name in self._names]
 
@@ -225,11 +238,12 @@ class Stack:
             state[name] = like(state[name], view)
         return joined
 
-    def count_in(self, name: str, counters: Tensor) -> None:
-        """Lets a counter of all tensors, ``(tensors,)``, be that of the states."""
-        self.counters[name] = counters
-        for state, view in zip(self.states, counters.unbind(), strict=True):
-            state[name] = view
+    def count_in(self, counters: dict[str, Tensor]) -> None:
+        """Lets these counters, each ``(tensors,)``, be those of the states."""
+        self.counters = counters
+        for name, own in counters.items():
+            for state, view in zip(self.states, own.unbind(), strict=True):
+                state[name] = view
         self._views = [(state, name, state[name]) for state in self.states for name in self._names]
 
     @property
@@ -274,11 +288,12 @@ class Stack:
 
     def release(self) -> None:
         """Gives every state a storage of its own: none keeps those of others alive."""
-        if len(self.states) > 1:
-            for state in self.states:
-                for name in self._names:
-                    if isinstance(state.get(name), Tensor):
-                        state[name] = like(state[name], local(state[name]).clone())
+        # Counters lie in the storage of a cohort also by themselves.
+        names = self._names if len(self.states) > 1 else COUNTERS
+        for state in self.states:
+            for name in names:
+                if isinstance(state.get(name), Tensor):
+                    state[name] = like(state[name], local(state[name]).clone())
 
     @property
     def whole_rotations(self) -> list[tuple[int, Rotation]]:
@@ -353,9 +368,8 @@ class Cohort:
         self.layouts = [layout for stack in stacks for layout in stack.layouts]
         self._sizes = [len(stack.layouts) for stack in stacks]
         self.counters = {name: torch.cat([stack.counters[name] for stack in stacks]) for name in COUNTERS}
-        for name, counters in self.counters.items():
-            for stack, own in zip(stacks, self.split(counters), strict=True):
-                stack.count_in(name, own)
+        for stack, *own in zip(stacks, *map(self.split, self.counters.values()), strict=True):
+            stack.count_in(dict(zip(COUNTERS, own, strict=True)))
         earlier = [state["earlier_steps"] for stack in stacks for state in stack.states]
         self.earlier_steps = torch.tensor(earlier, device=self.layouts[0].owner.device) if any(earlier) else None
 
@@ -378,10 +392,10 @@ class Cohort:
 
 def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, group: int = 0) -> list[Stack]:
     """The stacks of a group's tensors; ``group`` is its number."""
-    alike: dict[Any, list[tuple[TensorLayout, State]]] = defaultdict(list)
+    alike: dict[Any, list[tuple[TensorLayout, State, int]]] = defaultdict(list)
     elements: dict[Any, int] = defaultdict(int)
-    full: list[list[tuple[TensorLayout, State]]] = []
-    for layout, state in zip(layouts, states, strict=True):
+    full: list[list[tuple[TensorLayout, State, int]]] = []
+    for place, (layout, state) in enumerate(zip(layouts, states, strict=True)):
         device = layout.owner.device
         room = MAX_STACKED.get(device.type, MAX_STACKED["cuda"])
         # On a CPU a tensor starts by itself, at its first gradient that is not zero; others do not wait for it.
@@ -399,13 +413,16 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
             full.append(known)
             known, elements[key] = [], layout.owner.numel()
             alike[key] = known
-        known.append((layout, state))
+        known.append((layout, state, place))
     # Those that wait come last: the phases of the others must not depend on them.
     groups = sorted([*full, *alike.values()], key=lambda members: not members[0][1]["calls"])
-    return [
-        Stack([layout for layout, _ in members], [state for _, state in members], options, phase, group)
-        for phase, members in enumerate(groups)
-    ]
+    stacks, phases = [], count()
+    for members in groups:
+        own_layouts, own_states, places = zip(*members, strict=True)
+        # Only where there is a basis: vectors are other stacks in torch than for the kernels.
+        phase = next(phases) if own_layouts[0].rotated else 0
+        stacks.append(Stack(own_layouts, own_states, options, phase, places=places, group=group))
+    return stacks
 
 
 def _is_plain_vector(layout: TensorLayout) -> bool:
@@ -420,15 +437,16 @@ def keep_freed_pages() -> None:
     every step, to be taken again page by page: 1,300 page faults, a fifth of the optimizer's time, for an MLP on MNIST.
     A model whose activations are as large does the same unasked.
     """
-    torch.empty(FREED, dtype=torch.uint8)
+    torch.empty(FREED, dtype=torch.uint8, device="cpu")
 
 
 def make_cohorts(layouts: Sequence[TensorLayout], states: Sequence[State], options: Any, group: int) -> list[Cohort]:
     """The cohorts of a group's tensors; ``group`` is its number."""
-    if any(layout.owner.device.type == "cpu" for layout in layouts):
-        keep_freed_pages()
     alike: dict[Any, list[Stack]] = defaultdict(list)
-    for stack in make_stacks(layouts, states, options, group):
+    stacks = make_stacks(layouts, states, options, group)
+    if any(stack.is_readable for stack in stacks):  # of a CPU, and not fake
+        keep_freed_pages()
+    for stack in stacks:
         # By dtype too: the floor under the scale depends on it.
         alike[stack.layouts[0].owner.device, stack.layouts[0].dtype].append(stack)
     return [Cohort(stacks) for stacks in alike.values()]

@@ -1,4 +1,4 @@
-"""One step of tensors of equal shape, as the docstring of ``Butterfly`` states it.
+"""One step of the tensors of a stack, as the docstring of ``Butterfly`` states it.
 
 The pairs come from averages: no closure, no extra gradient. With the weights ``a_t = (1 - beta1) / (1 - beta1^t)``
 

@@ -134,7 +134,7 @@ def test_launches_do_not_grow_with_tensors_or_shapes(monkeypatch):
     counts = []
     for shapes in ([(9, 5), (10, 7), (4,)], [(9, 5), (10, 7), (4,), (12, 3), (9, 5), (11, 5), (8,)]):
         params = make_parameters(torch.float32, shapes)
-        optimizer = Butterfly(params, backend="triton", block=8, lead=2)
+        optimizer = Butterfly(params, backend="triton", block=8, lead=2, refit_every=1)
         for step in range(2):
             set_grads(params, step)
             launches.clear()

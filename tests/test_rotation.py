@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from butterfly_opt import rotation as rotation_module
 from butterfly_opt.plan import Plan, make_plan
 from butterfly_opt.rotation import Rotation, orthogonalize
 
@@ -249,15 +250,20 @@ def test_squares_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_plan
-def test_derivatives_reach_the_matrices(block: int, lead: int) -> None:
+@pytest.mark.parametrize("dense", [0, 128], ids=["stages", "dense"])
+def test_derivatives_reach_the_matrices(block: int, lead: int, dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation_module, "MAX_DENSE_LENGTH", dense)
     rotation, x = random_rotation(9, block, lead), normal(1, 9, 2)
     x.requires_grad_()
 
     def values(matrices: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         turned = Rotation(rotation.plan, matrices)
-        return turned.to_rotated(x), turned.from_rotated(x), turned.squared(x)
+        rows, columns = turned.to_rotated(x), turned.to_rotated(x.mT, dim=-1)
+        return rows, columns, turned.from_rotated(rows), turned.from_rotated(x.mT, dim=-1), turned.squared(x)
 
-    assert torch.autograd.gradcheck(values, (rotation.matrices.clone().requires_grad_(), x))
+    inputs = rotation.matrices.clone().requires_grad_(), x
+    assert torch.autograd.gradcheck(values, inputs)
+    assert torch.autograd.gradgradcheck(values, inputs)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from contract import made_stacks, make_params, set_grads, values
 
 from butterfly_opt import Butterfly, stack
 from butterfly_opt.diagonal import regress
+from butterfly_opt.layout import axes_layout
 from butterfly_opt.stack import Stack
 
-SHAPES = ((6, 5), (4,), (3, 2, 2, 3), (6, 5), (1,), (4,), (1, 7))
+SHAPES = ((6, 5), (4,), (3, 2, 2, 3), (6, 5), (1,), (4,), (1, 7), (7, 1))
 STEPS = 14
 
 
@@ -81,7 +82,7 @@ def test_tensors_of_one_shape_and_all_vectors_are_one_stack_once_they_have_start
     for step in range(3):
         set_grads(params, step)
         opt.step()
-    assert stacks_of(opt) == [1, 2, 4]
+    assert stacks_of(opt) == [1, 2, 5]
     made = made_stacks(opt)
     for step in range(3, 6):
         set_grads(params, step)
@@ -90,7 +91,7 @@ def test_tensors_of_one_shape_and_all_vectors_are_one_stack_once_they_have_start
     assert all(own is old for own, old in zip(made_stacks(opt), made, strict=True))
     params[3].grad = None
     opt.step()
-    assert stacks_of(opt) == [1, 1, 4]
+    assert stacks_of(opt) == [1, 1, 5]
 
 
 def test_stacks_are_made_anew_for_another_backend() -> None:
@@ -101,7 +102,37 @@ def test_stacks_are_made_anew_for_another_backend() -> None:
         opt.param_groups[0]["backend"] = backend
         set_grads(params, step)
         opt.step()
-        assert stacks_of(opt)[-1] == (2 if backend == "triton" else 4) or step == 0
+        assert stacks_of(opt)[-1] == (2 if backend == "triton" else 5) or step == 0
+
+
+def test_vectors_of_one_length_need_not_be_of_one_shape() -> None:
+    """The weight and the bias of ``Linear(1, 1)``, for two."""
+    for shapes in (((1, 1), (1,)), ((), (1,)), ((5,), (5, 1), (1, 5)), ((16,), (1, 16), (16,))):
+        params = make_params(shapes)
+        alone = [torch.nn.Parameter(param.detach().clone()) for param in params]
+        runs = [(Butterfly(params), params), *((Butterfly([param]), [param]) for param in alone)]
+        for _ in range(4):
+            for opt, own in runs:
+                for param in own:
+                    param.grad = param.detach() + 1
+                opt.step()
+        assert all(torch.equal(left, right) for left, right in zip(params, alone, strict=True))
+
+
+def test_the_schedule_of_refits_does_not_depend_on_the_backend() -> None:
+    """Nor do random bits: vectors are one stack in torch, and of each length one for the kernels."""
+    found = []
+    for backend in ("torch", "triton"):
+        params = make_params(((5,), (7,), (6, 4), (9,), (5, 8)))
+        layouts = [axes_layout(param, 0) for param in params]
+        options = Butterfly(params, backend=backend).param_groups[0]
+        states = [{**stack.new_state(layout, options), "calls": 3} for layout in layouts]
+        made = stack.make_stacks(layouts, states, options)
+        phases = {own.layouts[0].shape: own.phase for own in made if own.rotations}
+        streams = {id(param): stream for own in made for param, stream in zip(own.params, own.streams, strict=True)}
+        found.append((len(made), phases, [streams[id(param)] for param in params]))
+    assert (found[0][0], found[1][0]) == (3, 5)
+    assert found[0][1:] == found[1][1:]
 
 
 def test_a_stack_holds_no_more_than_the_cache_does() -> None:

@@ -278,18 +278,18 @@ def recipes() -> dict[str, float]:
     """The last loss of training with what else scripts use beside FSDP2."""
     found, steps = {}, range(30)
     net = sharded_model()
-    found["plain"] = train(net, Butterfly(net.parameters(), lr=0.01), steps)
+    found["plain"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps)
     net = sharded_model()
-    found["clipped"] = train(net, Butterfly(net.parameters(), lr=0.01), steps, clip=0.5)
+    found["clipped"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps, clip=0.5)
     net = sharded_model()
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    found["scaled"] = train(net, Butterfly(net.parameters(), lr=0.01), steps, scaler=scaler)
+    found["scaled"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps, scaler=scaler)
     net = torch.compile(sharded_model(), backend="eager")
-    found["compiled"] = train(net, Butterfly(net.parameters(), lr=0.01), steps)
+    found["compiled"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps)
     net = sharded_model(lambda m: nn.Sequential(*(checkpoint_wrapper(x) if isinstance(x, nn.Linear) else x for x in m)))
-    found["checkpointed"] = train(net, Butterfly(net.parameters(), lr=0.01), steps)
+    found["checkpointed"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps)
     net = sharded_model()
-    own = {param: Butterfly([param], lr=0.01) for param in net.parameters()}
+    own = {param: Butterfly([param], lr=0.01, refit_every=1) for param in net.parameters()}
     for param in net.parameters():
 
         def step_in_backward(p: Any) -> None:
@@ -299,10 +299,10 @@ def recipes() -> dict[str, float]:
         param.register_post_accumulate_grad_hook(step_in_backward)
     found["in backward"] = train(net, None, steps)
     net = DistributedDataParallel(model())
-    zero = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=Butterfly, lr=0.01)
+    zero = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=Butterfly, lr=0.01, refit_every=1)
     found["ZeroRedundancyOptimizer"] = train(net, zero, steps)
     net = DistributedDataParallel(model())
-    found["DistributedDataParallel"] = train(net, Butterfly(net.parameters(), lr=0.01), steps)
+    found["DistributedDataParallel"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps)
     return found
 
 

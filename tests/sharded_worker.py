@@ -276,20 +276,22 @@ def train(net: nn.Module, optimizer: Any, steps: range, **how: Any) -> float:
 
 def recipes() -> dict[str, float]:
     """The last loss of training with what else scripts use beside FSDP2."""
+    # Refits in every step: those of an optimizer for each parameter would come at other steps.
+    options: dict[str, Any] = {"lr": 0.01, "refit_every": 1}
     found, steps = {}, range(30)
     net = sharded_model()
-    found["plain"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps)
+    found["plain"] = train(net, Butterfly(net.parameters(), **options), steps)
     net = sharded_model()
-    found["clipped"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps, clip=0.5)
+    found["clipped"] = train(net, Butterfly(net.parameters(), **options), steps, clip=0.5)
     net = sharded_model()
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    found["scaled"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps, scaler=scaler)
+    found["scaled"] = train(net, Butterfly(net.parameters(), **options), steps, scaler=scaler)
     net = torch.compile(sharded_model(), backend="eager")
-    found["compiled"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps)
+    found["compiled"] = train(net, Butterfly(net.parameters(), **options), steps)
     net = sharded_model(lambda m: nn.Sequential(*(checkpoint_wrapper(x) if isinstance(x, nn.Linear) else x for x in m)))
-    found["checkpointed"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps)
+    found["checkpointed"] = train(net, Butterfly(net.parameters(), **options), steps)
     net = sharded_model()
-    own = {param: Butterfly([param], lr=0.01, refit_every=1) for param in net.parameters()}
+    own = {param: Butterfly([param], **options) for param in net.parameters()}
     for param in net.parameters():
 
         def step_in_backward(p: Any) -> None:
@@ -299,10 +301,10 @@ def recipes() -> dict[str, float]:
         param.register_post_accumulate_grad_hook(step_in_backward)
     found["in backward"] = train(net, None, steps)
     net = DistributedDataParallel(model())
-    zero = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=Butterfly, lr=0.01, refit_every=1)
+    zero = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=Butterfly, **options)
     found["ZeroRedundancyOptimizer"] = train(net, zero, steps)
     net = DistributedDataParallel(model())
-    found["DistributedDataParallel"] = train(net, Butterfly(net.parameters(), lr=0.01, refit_every=1), steps)
+    found["DistributedDataParallel"] = train(net, Butterfly(net.parameters(), **options), steps)
     return found
 
 

@@ -99,7 +99,6 @@ def test_whole_state_dicts_go_into_one_process_and_back(reports: dict[str, Any])
 
 
 def test_with_what_scripts_use_beside(reports: dict[str, Any]) -> None:
-    """Refits in every step: of an optimizer for each parameter they would come at other steps."""
     found = reports["2"]["recipes"]
     for name in ("scaled", "compiled", "checkpointed", "in backward"):
         assert found[name] == pytest.approx(found["plain"], rel=1e-3), name

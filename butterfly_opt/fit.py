@@ -164,13 +164,14 @@ def fit_covariance(
     n = loc.numel()
     target = covariance.diagonal().mean()
     covariance = (1 - amount) * covariance + amount * target * torch.eye(n, dtype=loc.dtype, device=loc.device)
-    # In the dtype of the fit: what is definite in float64 may be singular there.
     _check_positive_definite(
-        covariance.to(dtype),
+        covariance,
         f"the covariance of {count} samples of {n} coordinates",
         "use shrinkage='oas' or more samples",
     )
-    fit = fit_checked(covariance.to(dtype), "logdet", block=block, lead=lead, rotations=rotations)
+    # In float64 to the end: in float32 the inverse of images' covariances is rounding.
+    fit = fit_checked(covariance, "logdet", block=block, lead=lead, rotations=rotations)
+    fit = replace(fit, operator=fit.operator.to(dtype))
     return CovarianceFit(**vars(fit), loc=loc.to(dtype), count=count, shrinkage=amount)
 
 

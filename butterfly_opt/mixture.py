@@ -76,9 +76,10 @@ def _weights(responsibilities: Tensor) -> Tensor:
 
 
 def _sweep(columns: Tensor, ridge: float, plan: Plan) -> Tensor:
-    """``sweep.sweep`` for the likelihood, of a batch of matrices ``columns columns^T + ridge I``.
+    """``sweep.sweep`` for the likelihood, of a batch of matrices ``columns columns^T + ridge I``, without turns.
 
-    Where columns are few, no matrix of order n is made.
+    Where columns are few, no matrix of order n is made. Turns would double the time of a fit; the held-out likelihood
+    of mixtures of digits and MNIST is the same with them.
 
     Args:
         columns: ``(batch, n, count)``.

@@ -7,7 +7,10 @@ the matrix of the group holds eigenvectors of ``A_gg``. Those that are coupled t
     logdet    log v^T A_gg v - log v^T ((A^-1)_gg)^-1 v     nats that the others tell about v, for a Gaussian
 
 Both vanish for a direction that no other group is coupled to, so that a planted basis of the same plan is found to
-rounding. The root is an eigendecomposition.
+rounding. The root is an eigendecomposition. With logdet the directions V that stop are then turned against those that
+go on, U, to fewer nats that all the rest tells about V together (``_turned``):
+
+    log |V^T A_gg V| + log |V^T (A^-1)_gg V|
 
 In the *full* plan of radix 2 every pair gets its Jacobi angle (off-diagonal energy falls by ``2 a_ij^2``), which is
 defined up to the order of the two outputs. That choice decides everything after it: later stages mix only
@@ -27,13 +30,22 @@ from butterfly_opt.plan import Plan, Run, Stage
 from butterfly_opt.rotation import Rotation, identity_matrices
 
 
-def sweep(matrix: Tensor, plan: Plan, criterion: str) -> Rotation:
+TURNS = 4
+"""Times that V and U are turned: held-out nats of digits, (16, 4) and (32, 8), are 42.2 / 45.4 with none, 42.8 / 45.9
+with 4, 42.9 / 46.0 with 8 and with 16; factor analysis of equal memory 42.4 / 45.8."""
+
+MAX_SHORTENINGS = 4
+"""Times that a turn that does not help is halved."""
+
+
+def sweep(matrix: Tensor, plan: Plan, criterion: str, *, turns: int = TURNS) -> Rotation:
     """The rotation Q that brings ``Q^T A Q`` near a diagonal matrix, in one pass over the stages.
 
     Args:
         matrix: A, ``(n, n)``, symmetric, float32 or float64; positive definite for "logdet".
         plan: the groups.
         criterion: "energy" or "logdet"; the full plan knows only "energy".
+        turns: of "logdet", that many times V is turned against U.
 
     Cost: O(n^2 block); O(n^3) for "logdet" and for the first stage of radix 2.
     """
@@ -46,7 +58,7 @@ def sweep(matrix: Tensor, plan: Plan, criterion: str) -> Rotation:
         else:
             # The root has no others to be coupled to.
             inverse = torch.linalg.inv(matrix) if criterion == "logdet" and stage is not plan.stages[-1] else None
-            found = _leading(matrix, inverse, stage)
+            found = _leading(matrix, inverse, stage, plan.lead, turns)
         for old, new in zip(matrices, found, strict=True):
             old.copy_(new)
         if plan.is_full:
@@ -77,7 +89,7 @@ def _blocks(matrix: Tensor, runs: tuple[Run, ...]) -> list[Tensor]:
     return blocks
 
 
-def _leading(matrix: Tensor, inverse: Tensor | None, stage: Stage) -> list[Tensor]:
+def _leading(matrix: Tensor, inverse: Tensor | None, stage: Stage, lead: int, turns: int) -> list[Tensor]:
     """Eigenvectors of the groups, those most coupled to other groups first."""
     found = []
     rows = matrix.split([run.span for run in stage.runs])
@@ -93,8 +105,52 @@ def _leading(matrix: Tensor, inverse: Tensor | None, stage: Stage) -> list[Tenso
             alone = (vectors * torch.linalg.solve(other, vectors)).sum(-2)
             coupled = values.log() - alone.log()
         order = coupled.argsort(-1, descending=True)
-        found.append(vectors.take_along_dim(order.unsqueeze(-2), dim=-1)[None])
+        vectors = vectors.take_along_dim(order.unsqueeze(-2), dim=-1)
+        if inverse is not None and run.size < len(matrix):
+            vectors = _turned(vectors, own, other, lead, turns)
+        found.append(vectors[None])
     return found
+
+
+def _turned(vectors: Tensor, matrix: Tensor, inverse: Tensor, lead: int, turns: int) -> Tensor:
+    """Eigenvectors of groups ``(..., size, size)`` whose last ``size - lead`` share less with all the rest.
+
+    Every v of V is turned towards every u of U by the Newton step of its own angle, all at once. For the angle of v and
+    u alone, and one of the two matrices M, with ``K = (V^T M V)^-1``, ``Z = K V^T M U`` and ``s_u = u^T M u`` less what
+    V explains of it, ``log |V^T M V|`` has the slope ``2 Z_vu`` and the curvature ``2 (s_u K_vv - 1 - Z_vu^2)``.
+    """
+    u, v = vectors[..., :lead], vectors[..., lead:]
+    shared = _shared(v, matrix, inverse)
+    for _ in range(turns):
+        slope, bend = torch.zeros_like(v.mT @ u), torch.zeros_like(v.mT @ u)
+        for m in (matrix, inverse):
+            k, across = torch.linalg.inv_ex(v.mT @ m @ v).inverse, v.mT @ m @ u
+            z = k @ across
+            rest = (u * (m @ u)).sum(-2) - (across * z).sum(-2)
+            slope += 2 * z
+            bend += 2 * (k.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * rest.unsqueeze(-2) - 1 - z.square())
+        # At most a radian or so; from a maximum downhill, too.
+        angles = -slope / torch.maximum(bend.abs(), 1 + slope.abs())
+        share = torch.ones_like(shared)
+        for _ in range(MAX_SHORTENINGS):
+            own = share[..., None, None] * angles
+            q = torch.linalg.qr(torch.cat([u - v @ own, v + u @ own.mT], -1)).Q
+            after = _shared(q[..., lead:], matrix, inverse)
+            # False for a NaN too, of a matrix that is singular to rounding.
+            falls = after < shared
+            if falls.all():
+                break
+            share = torch.where(falls, share, share / 2)
+        taken = falls[..., None, None]
+        u, v = torch.where(taken, q[..., :lead], u), torch.where(taken, q[..., lead:], v)
+        shared = torch.where(falls, after, shared)
+    # Each part again by the eigenvectors of what it sees, the largest eigenvalue first.
+    return torch.cat([x @ torch.linalg.eigh(x.mT @ matrix @ x).eigenvectors.flip(-1) for x in (u, v)], -1)
+
+
+def _shared(v: Tensor, matrix: Tensor, inverse: Tensor) -> Tensor:
+    """``log |V^T A V| + log |V^T A^-1 V|`` of each group: twice the nats that V and all the rest share."""
+    return torch.logdet(v.mT @ matrix @ v) + torch.logdet(v.mT @ inverse @ v)
 
 
 def _full(matrix: Tensor, stage: Stage, index: Tensor, radix: int) -> list[Tensor]:

@@ -9,12 +9,16 @@ import reference
 import torch
 from sklearn.covariance import OAS, ShrunkCovariance
 from sklearn.datasets import load_digits
+from torch.distributions import MultivariateNormal
 
 from butterfly_opt.basis import Basis
 from butterfly_opt.fit import fit_covariance, fit_inverse, fit_symmetric
 from butterfly_opt.operators import RotatedDiagonal
+from butterfly_opt.plan import make_plan
 from butterfly_opt.rotation import Rotation, orthogonalize
 from butterfly_opt.secant import SecantEstimate
+from butterfly_opt.sweep import sweep
+from experiments.paper_covariance import factor_analysis
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 EXACT = {torch.float32: 5e-5, torch.float64: 1e-11}
@@ -145,6 +149,23 @@ def log_likelihood(samples, loc, operator):
     )
 
 
+@pytest.mark.parametrize("plan, factors", [((16, 4), 10), ((32, 8), 19)])
+def test_what_stops_shares_fewer_nats_with_the_rest(digits, plan, factors):
+    """Held out, above factor analysis of as many free numbers: 640 and 659, 1120 and 1109."""
+    train, held_out = digits[:1000], digits[1000:]
+    fit = fit_covariance(train, block=plan[0], lead=plan[1], shrinkage="oas")
+    dense = torch.from_numpy(OAS().fit(train.numpy()).covariance_)
+    rotation = sweep(dense, make_plan(64, *plan), "logdet", turns=0)
+    d = rotation.to_rotated(rotation.to_rotated(dense[None]), dim=-1)[0].diagonal()
+    scores = {
+        "turned": log_likelihood(held_out, fit.loc, fit.operator),
+        "not turned": log_likelihood(held_out, fit.loc, RotatedDiagonal(Basis((64,), [(0, rotation)]), d)),
+        "factor analysis": MultivariateNormal(fit.loc, factor_analysis(dense, factors)).log_prob(held_out).mean().item(),
+    }
+    print(scores)
+    assert scores["turned"] > max(scores["not turned"] + 0.3, scores["factor analysis"])
+
+
 def test_digits_beat_the_diagonal_on_held_out_samples(digits):
     """Held-out log-likelihood of radix 2, groups of 16 and of 32, beside the diagonal and the full matrix."""
     train, held_out = digits[:1000], digits[1000:]
@@ -154,10 +175,19 @@ def test_digits_beat_the_diagonal_on_held_out_samples(digits):
         scores[plan] = log_likelihood(held_out, fit.loc, fit.operator)
     dense = torch.from_numpy(OAS().fit(train.numpy()).covariance_)
     scores["diagonal"] = log_likelihood(held_out, fit.loc, RotatedDiagonal(Basis((64,)), dense.diagonal()))
-    scores["full"] = torch.distributions.MultivariateNormal(fit.loc, dense).log_prob(held_out).mean().item()
+    scores["full"] = MultivariateNormal(fit.loc, dense).log_prob(held_out).mean().item()
     print(scores)
     assert scores["diagonal"] + 8 < scores[2, 2] < scores[16, 4] < scores[32, 8] < scores["full"]
     assert scores[32, 8] > scores["full"] - 4
+
+
+def test_float32_samples_are_fitted_in_float64():
+    """In float32 this covariance, of condition 1e8, would be singular to rounding."""
+    samples = (normal(500, 30) * torch.logspace(0, -4, 30, dtype=torch.float64)).float()
+    fit = fit_covariance(samples, block=8, lead=2)
+    exact = fit_covariance(samples.double(), block=8, lead=2)
+    assert fit.operator.dtype == fit.loc.dtype == torch.float32
+    torch.testing.assert_close(fit.operator.d, exact.operator.d.float())
 
 
 def test_covariances_are_those_of_scikit_learn(digits, covariance):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from butterfly_opt import diagonal, step
-from butterfly_opt.plan import Plan
+from butterfly_opt.plan import Plan, share_bounds
 from butterfly_opt.rotation import SHIFT, Rotation
 from butterfly_opt.stack import Numbers, Stack
 
@@ -243,7 +243,11 @@ def _numbers(members: Sequence[Member]) -> Tensor:
     sign = zeros + 1
     if options["maximize"]:
         sign = torch.cat([zero + (1 if member.gathered else -1) for member, _, zero, _ in parts])
-    columns = *n[:5], n.usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1])
+    # As ``Stack.share`` counts.
+    clock = n.step
+    if not options["capturable"]:
+        clock = torch.cat([zero + own.stack.calls for own, _, zero, _ in parts])
+    columns = *n[:5], n.usable, keep, n.floor, *observed, sign, l2, zeros + (1 - options["betas"][1]), clock
     return torch.stack(columns, dim=1).float()
 
 
@@ -304,10 +308,13 @@ def _part(stack: Stack) -> tables.Part:
 
 def _axis(length: int, width: int, rotation: Rotation | None, device: torch.device) -> tables.Axis:
     every, rest = (tiles.make_stage((), None, length, 0, width, lead=0, visited=v) for v in (True, False))
+    plan = None if rotation is None else rotation.plan
+    shares = len(share_bounds(length, plan)) - 1
     if rotation is None:
-        return tables.Axis(width, [every], rest)
+        return tables.Axis(width, [every], rest, shares=shares)
     lead = 0 if rotation.plan.is_full else rotation.plan.lead
-    return tables.Axis(width, _stages(rotation.plan, width, device), rest, lead, rotation.matrices, rotation.moments)
+    stages = _stages(rotation.plan, width, device)
+    return tables.Axis(width, stages, rest, lead, shares, rotation.matrices, rotation.moments)
 
 
 @lru_cache(maxsize=1024)

@@ -4,9 +4,9 @@
     theta <- theta (1 - lr weight_decay) - lr H g
 
 H is L-BFGS's product of the last HISTORY pairs (J. Nocedal, Math. Comp. 35, 1980) on an initial metric that agrees
-with the newest of them: P, or the identity where that has foretold the last displacements better, by the cosine of
-``H y`` and s before the pair is taken in. A group of coordinates that P sees as a whole wants P; where eigenvectors are
-no wide butterfly and pairs come along one path, P is no better than the diagonal.
+with the newest of them: a mean of P and the identity, either weighted by ``1 / error^2``, where the error is one less
+the cosine of ``H y`` and s before the pair is taken in, on that metric alone. A group of coordinates that P sees as a
+whole wants P; where eigenvectors are no wide butterfly and pairs come along one path, P is no better than the diagonal.
 
 The first step has no curvature to go by: it is ``lr g`` with a closure, else as in torch's LBFGS
 ``lr min(1, 1 / |g|_1) g``. With a closure a step that did not lower the loss as much as its slope promises is halved at
@@ -113,8 +113,9 @@ async def take_step_(stack: Stack, usable: Tensor) -> None:
     averages["prev_param"].copy_(parameters(stack))
     averages["prev_grad"].copy_(grad)
     if state["pairs"] > 0:
-        errors = state["metric_errors"]
-        direction = _apply_history(state, grad.flatten(), on_estimate=bool(errors[0] <= errors[1])).view(grad.shape)
+        # Errors of 0 are those of a start, or of rounding.
+        weights = state["metric_errors"].clamp_min(torch.finfo(grad.dtype).eps) ** -2
+        direction = _apply_history(state, grad.flatten(), weights / weights.sum()).view(grad.shape)
         # Where nothing is known yet an estimate may promise anything: no step is much longer than the last one, unless
         # that one was none (a rate of 0 in a schedule), after which nothing would ever move.
         growth = MAX_GROWTH * last.norm() / (n.lr * direction.norm()).clamp_min(1e-30)
@@ -147,7 +148,7 @@ def _remember_pair_(state: State, s: Tensor, y: Tensor) -> None:
         return
     # Before the pair is taken in, or it would foretell itself.
     if state["pairs"] > 0:
-        foretold = torch.stack([_apply_history(state, y, on_estimate=metric) for metric in (True, False)])
+        foretold = torch.stack([_apply_history(state, y, alone) for alone in torch.eye(2)])
         errors = 1 - torch.nn.functional.cosine_similarity(foretold, s[None])
         state["metric_errors"].lerp_(errors, 1 - TRUST_BETA)
     history = state["history"]
@@ -155,11 +156,11 @@ def _remember_pair_(state: State, s: Tensor, y: Tensor) -> None:
     history[0, -1], history[1, -1] = s, y
 
 
-def _apply_history(state: State, grad: Tensor, *, on_estimate: bool) -> Tensor:
-    """``H g``: the two loops over the history, on P or the identity, scaled to agree with the newest pair."""
+def _apply_history(state: State, grad: Tensor, weights: Tensor) -> Tensor:
+    """``H g``: the two loops over the history, on a mean of P and the identity, each to agree with the newest pair."""
 
-    def metric(x: Tensor) -> Tensor:
-        return secant.apply_inverse(state, x.view(state["values"].shape)).flatten() if on_estimate else x
+    def metrics(x: Tensor) -> Tensor:
+        return torch.stack([secant.apply_inverse(state, x.view(state["values"].shape)).flatten(), x])
 
     # Places without a pair yet are zero.
     pairs = [(s, y, s @ y) for s, y in zip(*state["history"], strict=True) if s.any()]
@@ -167,10 +168,11 @@ def _apply_history(state: State, grad: Tensor, *, on_estimate: bool) -> Tensor:
     for s, y, curvature in reversed(pairs):
         shares.append(s @ grad / curvature)
         grad = grad - shares[-1] * y
-    direction = metric(grad)
+    scales = weights.to(grad)
     if pairs:
         _, y, curvature = pairs[-1]
-        direction = direction * (curvature / (y @ metric(y)))
+        scales = scales * curvature / (metrics(y) @ y)
+    direction = scales @ metrics(grad)
     for (s, y, curvature), share in zip(pairs, reversed(shares), strict=True):
         direction = direction + s * (share - y @ direction / curvature)
     return direction

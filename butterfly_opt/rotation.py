@@ -4,7 +4,8 @@
 of Rotations and Hessians Matrices", arXiv:1404.7195 (2014). Nothing here knows an optimizer. With ``B`` the matrix
 of a group, ``v`` the values that enter it and ``C`` their running second moment,
 
-    observe   C <- (1 - weight) C + weight v v^T                     v summed over the other axes of the tensor
+    observe   C <- (1 - weight) C + weight v v^T                     v summed over the other axes of the tensor, in
+                                                                     leaves over a share of them (``plan.SHARES``)
     start     B <- eigenvectors of C, the leading ones first, from the leaves to the root
     refit     B <- qr((C + SHIFT tr C) B), one orthogonal iteration, from the leaves to the root
 
@@ -153,26 +154,27 @@ class Rotation:
             blocks = torch.cat(below, dim=2)
         return d
 
-    def observe_(self, values: Tensor, weight: float | Tensor) -> None:
+    def observe_(self, values: Tensor, weight: float | Tensor, *, leaves: Tensor | None = None) -> None:
         """Takes vectors into the second moments: ``C <- (1 - weight) C + weight v v^T``, in place.
 
         Args:
             values: ``(count, n, columns)``; other axes of a tensor may be rotated or not, their sum is the same.
             weight: a number, or ``(count,)``.
+            leaves: the columns whose second moments the first stage takes; those of ``values`` if None.
 
         Cost: that of a rotation, and as much again for the products.
         """
         weight = weight.view(-1, 1, 1, 1) if isinstance(weight, Tensor) else weight
-        for moments, _, entering in self._entering(values):
-            for moment, v in zip(moments, entering, strict=True):
-                moment.lerp_(torch.bmm(v, v.mT).view(moment.shape), weight)
+        for moments, _, seen in self._entering(values, leaves):
+            for moment, v in zip(moments, seen, strict=True):
+                moment.lerp_(_outer(v, moment), weight)
 
-    def second_moments(self, values: Tensor) -> Tensor:
+    def second_moments(self, values: Tensor, *, leaves: Tensor | None = None) -> Tensor:
         """``v v^T`` of every group, ``(count, plan.numel)``, of ``values`` as ``observe_`` takes them."""
         found = torch.empty_like(self.matrices)
-        for views, (_, _, entering) in zip(self.plan.views(found), self._entering(values), strict=True):
-            for view, v in zip(views, entering, strict=True):
-                view.copy_(torch.bmm(v, v.mT).view(view.shape))
+        for views, (_, _, seen) in zip(self.plan.views(found), self._entering(values, leaves), strict=True):
+            for view, v in zip(views, seen, strict=True):
+                view.copy_(_outer(v, view))
         return found
 
     def take_moments_(self, found: Tensor, weight: float | Tensor) -> None:
@@ -192,27 +194,30 @@ class Rotation:
         """``start_`` stage by stage: yields second moments before it fits to them, so that others' can be added."""
         for moments, matrices, entering in self._entering(values):
             for moment, v in zip(moments, entering, strict=True):
-                moment.copy_(torch.bmm(v, v.mT).view(moment.shape))
+                moment.copy_(_outer(v, moment))
             yield moments
             for moment, matrix in zip(moments, matrices, strict=True):
                 matrix.copy_(_eigenvectors(moment))
 
-    def _entering(self, values: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
-        """Stage by stage the moments and matrices of its runs, and the values that enter them.
+    def _entering(
+        self, values: Tensor, leaves: Tensor | None = None
+    ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+        """Stage by stage the moments and matrices of its runs, and the values that enter them, or ``leaves``.
 
         The matrices may be changed before the next stage is asked for.
         """
         lead = self.plan.lead
         for (stage, matrices), moments in zip(self._stages, self._known_moments(), strict=True):
+            seen = leaves if leaves is not None and stage is self.plan.stages[0] else None
             if not self.plan.is_full:
                 entering = _split(stage, values)  # the leading outputs of the stage before, in the order of its groups
-                yield moments, matrices, entering
+                yield moments, matrices, entering if seen is None else _split(stage, seen)
                 if stage is not self.plan.stages[-1]:
                     runs = zip(stage.runs, matrices, entering, strict=True)
                     heads = [(run, torch.bmm(m[..., :lead].flatten(0, 1).mT, v)) for run, m, v in runs]
                     values = _join([u.view(self.count, run.groups * lead, u.shape[-1]) for run, u in heads])
                 continue
-            yield moments, matrices, _split(stage, _gather(stage, values))
+            yield moments, matrices, _split(stage, _gather(stage, values if seen is None else seen))
             values = _apply([(stage, [matrix.mT for matrix in matrices])], values)
 
     def _known_moments(self) -> list[list[Tensor]]:
@@ -355,6 +360,11 @@ def _split(stage: Stage, part: Tensor) -> list[Tensor]:
         return [piece.reshape(count * run.groups, run.size, columns) for run, piece in runs]
     # Several transposed matrices: copied row by row, as they lie in memory.
     return [piece.mT.unflatten(-1, run).transpose(1, 2).flatten(0, 1).mT for run, piece in runs]
+
+
+def _outer(v: Tensor, moment: Tensor) -> Tensor:
+    """``v v^T`` of the groups of a run, of the shape of their moments."""
+    return torch.bmm(v, v.mT).view(moment.shape)
 
 
 def _join(parts: list[Tensor], dim: int = 1) -> Tensor:

@@ -81,9 +81,9 @@ class ShardedRotation:
             u = await self.meeting.turn(u, Rotation.from_rotated, dim=dim)
         return self.inner.from_rotated(u, dim=dim)
 
-    async def observe_(self, values: Tensor, weight: Tensor) -> None:
+    async def observe_(self, values: Tensor, weight: Tensor, *, leaves: Tensor | None = None) -> None:
         """See ``Rotation.observe_``."""
-        await self._observe_(self.inner, values, weight)
+        await self._observe_(self.inner, values, weight, leaves)
         if self.meeting is not None:
             await self._observe_(await self.meeting.outer(), await self._heads(values), weight)
             self.meeting.store()
@@ -108,8 +108,10 @@ class ShardedRotation:
         assert self.meeting is not None
         return await self.meeting.gather_heads(self.inner.to_rotated(values))
 
-    async def _observe_(self, rotation: Rotation, values: Tensor, weight: Tensor) -> None:
-        own = rotation.second_moments(values)
+    async def _observe_(
+        self, rotation: Rotation, values: Tensor, weight: Tensor, leaves: Tensor | None = None
+    ) -> None:
+        own = rotation.second_moments(values, leaves=leaves)
         rotation.take_moments_(own if self.over is None else await Sum(own, self.over), weight)
 
     async def _start_(self, rotation: Rotation, values: Tensor) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor
 from butterfly_opt.collectives import Sum
 from butterfly_opt.dtensor import is_sharded, like, local
 from butterfly_opt.layout import TensorLayout
+from butterfly_opt.plan import make_plan, share_bounds
 from butterfly_opt.rotation import Rotation
 from butterfly_opt.rounding import stream_of
 from butterfly_opt.sharding import ShardedRotation, basis_names, basis_shape, new_basis, rotation_of
@@ -223,6 +224,12 @@ class Stack:
             basis = [self._join(name) for name in (matrices, moments)]
             flat = [own.view(total, own.shape[2:].numel()) for own in basis]
             self.rotations.append((dim, rotation_of(layouts[0], dim, options, *flat)))
+        self._bounds = {dim: _share_bounds(layouts[0], -3 - dim, options) for dim in layouts[0].rotated}
+        # Of each column its share: what is captured must be on the device before.
+        self._shares = {
+            dim: torch.repeat_interleave(torch.tensor(bounds).diff()).to(device)
+            for dim, bounds in self._bounds.items() if options["capturable"]
+        }  # fmt: skip
         self._views = [(state, name, state[name]) for state in states for name in self._names]
 
     def _join(self, name: str) -> Tensor:
@@ -318,6 +325,18 @@ class Stack:
         for dim, rotation in self.rotations:
             u = await settled(rotation.from_rotated(u, dim=dim))
         return u
+
+    def share(self, dim: int, values: Tensor) -> Tensor | None:
+        """The columns of ``values`` that leaves of an axis see in this step, see ``plan.SHARES``; None for all."""
+        bounds = self._bounds[dim]
+        count = len(bounds) - 1
+        if count == 1:
+            return None
+        if self.options["capturable"]:
+            # All columns, of which those of other shares are 0: a captured step has one shape.
+            return torch.where(self._shares[dim] == self.numbers.step % count, values, 0.0)
+        turn = self.calls % count
+        return values[..., bounds[turn] : bounds[turn + 1]]
 
     async def means(self, *values: Tensor) -> Sequence[Tensor]:
         """The mean of several ``(count, rows, columns)`` over each tensor, all its shards, ``(count, 1, 1)`` each."""
@@ -423,6 +442,16 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
         phase = next(phases) if own_layouts[0].rotated else 0
         stacks.append(Stack(own_layouts, own_states, options, phase, places=places, group=group))
     return stacks
+
+
+def _share_bounds(layout: TensorLayout, dim: int, options: Any) -> list[int]:
+    """``share_bounds`` of an axis; of one that is cut, where those of the whole axis lie in this process's part."""
+    cut = dict(layout.cuts if layout.cross_shard else ()).get(dim)
+    n = layout.shape[dim] if cut is None else cut.n
+    plan = make_plan(n, options["block"], options["lead"]) if dim in layout.rotated else None
+    bounds = share_bounds(n, plan)
+    first = 0 if cut is None else sum(cut.sizes[: cut.index])
+    return [min(max(0, bound - first), layout.shape[dim]) for bound in bounds]
 
 
 def _is_plain_vector(layout: TensorLayout) -> bool:

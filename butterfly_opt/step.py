@@ -134,7 +134,7 @@ async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> Non
         if stack.calls == 1:
             await settled(rotation.start_(values))
             continue
-        await settled(rotation.observe_(values, weight))
+        await settled(rotation.observe_(values, weight, leaves=stack.share(dim, values)))
         if refits:
             await settled(rotation.refit_(refitted))
 

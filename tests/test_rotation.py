@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from butterfly_opt import rotation as rotation_module
-from butterfly_opt.plan import Plan, make_plan
+from butterfly_opt.plan import Plan, make_plan, share_bounds
 from butterfly_opt.rotation import Rotation, orthogonalize
 
 PLANS = [(64, 16), (64, 32), (8, 2), (7, 3), (4, 1), (2, 2), (3, 3), (8, 8)]
@@ -158,6 +158,33 @@ def test_weights_and_refits_of_one_of_a_stack() -> None:
     stack.refit_(torch.tensor([False, True]))
     assert torch.equal(stack.matrices[0], before[0])
     assert not torch.equal(stack.matrices[1], before[1])
+
+
+@every_plan
+def test_leaves_may_see_other_columns_than_later_stages(block: int, lead: int) -> None:
+    values, leaves = normal(2, 100, 30), normal(2, 100, 5, seed=1)
+    found, of_values, of_leaves = (random_rotation(100, block, lead, count=2) for _ in range(3))
+    found.observe_(values, 1.0, leaves=leaves)
+    of_values.observe_(values, 1.0)
+    of_leaves.observe_(leaves, 1.0)
+    first = sum(run.numel for run in found.plan.stages[0].runs)
+    torch.testing.assert_close(found.moments[:, :first], of_leaves.moments[:, :first])
+    torch.testing.assert_close(found.moments[:, first:], of_values.moments[:, first:])
+    torch.testing.assert_close(found.second_moments(values, leaves=leaves), found.moments)
+
+
+@pytest.mark.parametrize("n", [1, 63, 96, 128, 200, 784, 1000, 4097])
+@pytest.mark.parametrize("plan", [None, (64, 16), (8, 2), (2, 2), (100, 25)])
+def test_shares_are_all_of_an_axis_in_whole_groups(n: int, plan: tuple[int, int] | None) -> None:
+    made = None if plan is None else make_plan(n, *plan)
+    bounds = share_bounds(n, made)
+    assert (bounds[0], bounds[-1]) == (0, n)
+    assert bounds == sorted(set(bounds))
+    assert len(bounds) - 1 <= max(1, min(4, n // 64))
+    if plan == (64, 16):
+        assert len(bounds) - 1 == max(1, min(4, n // 64))
+        sizes = [run.size for run in made.stages[0].runs for _ in range(run.groups)]
+        assert set(bounds) <= {sum(sizes[:i]) for i in range(len(sizes) + 1)}
 
 
 @every_plan

@@ -14,7 +14,7 @@ from contract import made_stacks, make_params, set_grads, values
 
 from butterfly_opt import Butterfly, stack
 from butterfly_opt.diagonal import regress
-from butterfly_opt.layout import axes_layout
+from butterfly_opt.layout import Cut, TensorLayout, axes_layout
 from butterfly_opt.stack import Stack
 
 SHAPES = ((6, 5), (4,), (3, 2, 2, 3), (6, 5), (1,), (4,), (1, 7), (7, 1))
@@ -199,3 +199,45 @@ def test_a_steady_step_describes_its_tensors_and_no_more(monkeypatch: pytest.Mon
     left_out = params[1]
     with pytest.raises(pytest.fail.Exception, match="made anew"):
         step()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_shares_take_turns(capturable):
+    """Leaves of rows see a quarter of the columns at a time, those of columns all 70 rows."""
+    param = torch.nn.Parameter(torch.randn(70, 300))
+    opt = Butterfly([param], capturable=capturable, backend="torch")
+    seen = []
+    for step in range(5):
+        set_grads([param], step)
+        opt.step()
+        (own,) = made_stacks(opt)
+        assert own.share(-1, torch.ones(1, 300, 70)) is None
+        share = own.share(-2, torch.arange(1.0, 301).expand(1, 70, 300))
+        seen.append([int(x) for x in share[0, 0] if x])
+    assert seen[0] == seen[4]
+    assert sorted(x for share in seen[:4] for x in share) == list(range(1, 301))
+
+
+def test_captured_steps_see_the_same_shares():
+    runs = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(70, 300))
+        opt = Butterfly([param], lr=0.01, capturable=capturable, backend="torch")
+        for step in range(6):
+            set_grads([param], step)
+            opt.step()
+        runs.append(param.detach())
+    torch.testing.assert_close(*runs)
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_shares_of_a_cut_axis_are_those_of_the_whole(shards):
+    options = {"block": 64, "lead": 16}
+    whole = stack._share_bounds(TensorLayout((torch.empty(0),), (1, 70, 300), (-2, -1)), -1, options)
+    lengths = torch.zeros(4, dtype=torch.int64)
+    for index in range(shards):
+        cut = Cut(300, 1, shards, index, 0, None)
+        layout = TensorLayout((torch.empty(0),), (1, 70, cut.sizes[index]), (-2, -1), cuts=((-1, cut),))
+        lengths += torch.tensor(stack._share_bounds(layout, -1, options)).diff()
+    assert torch.equal(lengths, torch.tensor(whole).diff())

@@ -22,18 +22,21 @@ an entry. Profitable always: ``torch.linalg.qr`` of a batch is a loop over launc
 import triton
 import triton.language as tl
 
-from .tables import NUMBERS, Operands
+from .tables import GROUP, NUMBERS, PERIOD, Operands
 from .tiles import _WIDE, block_offsets, halves, pointer, product, scaled
 
 _N = tl.constexpr(len(NUMBERS))
+_G = tl.constexpr(len(GROUP))
+_PERIOD = tl.constexpr(PERIOD)
 
 
 @triton.jit
 def _observe_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH: tl.constexpr, SLICE: tl.constexpr,
                     AHEAD: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
     """Adds the partial moments of one tile and takes them into its ``C``: some rows of the upper half, and columns."""
-    groups_ptr += tl.program_id(0) * 4
-    weight = tl.load(numbers_ptr + tl.load(groups_ptr).to(tl.int64) * _N + gate)
+    groups_ptr += tl.program_id(0) * _G
+    numbers_ptr += tl.load(groups_ptr).to(tl.int64) * _N
+    weight = tl.load(numbers_ptr + gate)
     if weight == 0:
         return
     entries = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
@@ -43,7 +46,10 @@ def _observe_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH
     upper = i // 4 <= j // 4
     # int64: the partial moments of a list may be more than 2^31 numbers.
     first = tl.load(groups_ptr + 2).to(tl.int64)
-    count = tl.load(groups_ptr + 3)
+    programs = tl.load(groups_ptr + 3)
+    shares = tl.load(groups_ptr + 4)
+    share = tl.load(numbers_ptr + 13).to(tl.int32) % _PERIOD % shares
+    count = (share + 1) * programs // shares - share * programs // shares
     moment = tl.zeros((SLICE,), tl.float32)
     # In the order of the tables, without atomics: the same sum in every run.
     for start in range(0, count, AHEAD):
@@ -110,7 +116,7 @@ def _refit_kernel(tiles_ptr, groups_ptr, numbers_ptr, changes_ptr, scratch_ptr, 
                   WIDTH: tl.constexpr, ALONE: tl.constexpr, TRANSPORT: tl.constexpr,
                   CHANGE: tl.constexpr):  # fmt: skip
     """One tile."""
-    groups_ptr += tl.program_id(0) * 4
+    groups_ptr += tl.program_id(0) * _G
     if tl.load(numbers_ptr + tl.load(groups_ptr).to(tl.int64) * _N + gate) == 0:
         return
     tile_ptr = tiles_ptr + tl.load(groups_ptr + 1) * _WIDE

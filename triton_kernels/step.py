@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import MATRIX, NUMBERS, PROGRAM, Operands
+from .tables import MATRIX, NUMBERS, PERIOD, PROGRAM, Operands
 from .tiles import _WIDE, block_matrix, coordinates, goes_on, halves, pointer, product, scaled
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -55,6 +55,7 @@ _TORCH_STEP = "butterfly_opt.step.take_step_"
 _M = tl.constexpr(len(MATRIX))
 _N = tl.constexpr(len(NUMBERS))
 _P = tl.constexpr(len(PROGRAM))
+_PERIOD = tl.constexpr(PERIOD)
 # The bounds of ``butterfly_opt.diagonal.regress``, which kernels must not import.
 _ROOT_TINY = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
 _LEAST_TAU2 = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.75)
@@ -118,15 +119,16 @@ def _turn(x, row, row_low, column, column_low, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
-def _store_moments(entry_ptr, partial_ptr, left, left_low, right, right_low, unit, WIDTH: tl.constexpr):
-    """The partial second moment of a rotated tile; of its symmetric entries the upper half."""
-    slot = tl.load(entry_ptr).to(tl.int64)
-    # By the unit twice: its square may underflow where the moment does not.
-    moment = product(left, left_low, right, right_low) * unit * unit
-    i = tl.arange(0, WIDTH)[:, None]
-    j = tl.arange(0, WIDTH)[None, :]
-    # Fours that reach into the upper half: accesses stay 16 bytes wide.
-    tl.store(partial_ptr + slot * (WIDTH * WIDTH) + i * WIDTH + j, moment, mask=(i // 4 <= j // 4) & (slot >= 0))
+def _store_moments(entry_ptr, clock, partial_ptr, left, left_low, right, right_low, unit, WIDTH: tl.constexpr):
+    """The partial second moment of a rotated tile whose turn it is; of its symmetric entries the upper half."""
+    if (tl.load(entry_ptr + 2) >> clock) & 1 != 0:
+        slot = tl.load(entry_ptr).to(tl.int64)
+        # By the unit twice: its square may underflow where the moment does not.
+        moment = product(left, left_low, right, right_low) * unit * unit
+        i = tl.arange(0, WIDTH)[:, None]
+        j = tl.arange(0, WIDTH)[None, :]
+        # Fours that reach into the upper half: accesses stay 16 bytes wide.
+        tl.store(partial_ptr + slot * (WIDTH * WIDTH) + i * WIDTH + j, moment, mask=i // 4 <= j // 4)
 
 
 @triton.jit
@@ -256,11 +258,13 @@ def _forth_kernel(matrices_ptr, tiles_ptr, programs_ptr, numbers_ptr, values_ptr
         if OBSERVE:
             # Before the turn: second moments are those of what enters a level.
             high, low = halves(u)
+            clock = tl.load(numbers_ptr + 13).to(tl.int32) % _PERIOD
             if ROWS:
-                _store_moments(program_ptr + 4, row_partial_ptr, high, low, tl.trans(high), tl.trans(low), unit, HEIGHT)
+                _store_moments(program_ptr + 4, clock, row_partial_ptr, high, low, tl.trans(high), tl.trans(low), unit,
+                               HEIGHT)  # fmt: skip
             if COLUMNS:
-                _store_moments(program_ptr + 5, column_partial_ptr, tl.trans(high), tl.trans(low), high, low, unit,
-                               WIDTH)  # fmt: skip
+                _store_moments(program_ptr + 5, clock, column_partial_ptr, tl.trans(high), tl.trans(low), high, low,
+                               unit, WIDTH)  # fmt: skip
         u = _turn(u, row, row_low, column, column_low, ROWS, COLUMNS, False) * unit
     # With secant the final ones too: read again rather than kept over products, nothing spills.
     waits = others

@@ -6,8 +6,7 @@ agree in what a kernel is compiled for: dtypes, widths of tiles, and which axes 
     matrices   int64, a row a matrix, see MATRIX
     tiles      int64, a row a tile of an axis in a stage, see ``tiles.TILE``
     programs   int32, what each program of a level does, see PROGRAM
-    groups     int32, a row a rotated tile: matrix, tile, and where its partial second moments are: the first, their
-               number
+    groups     int32, a row a rotated tile, see GROUP
 
 A *level* turns the first stages of both axes, the second, and so on: a tile of the rows times one of the columns, of
 which one may be plain, with all entries that level is to turn. What neither axis turns any more has left before.
@@ -31,17 +30,24 @@ MATRIX = ("exp_avg", "exp_avg_sq", "param_avg", "disp_sq", "cross", "first", "co
 columns, elements, stream of random numbers, position of its first element in the parameter, and its programs: the first
 place of their sums, their number."""
 
-PROGRAM = ("matrix", "row", "column", "place", "row_partial", "column_partial")
-"""A row of the table of programs: matrix, tile of the rows and of the columns, and where it leaves sums and partial
-second moments (-1: the tile is not rotated)."""
+PROGRAM = ("matrix", "row", "column", "place", "row_partial", "column_partial", "row_turns", "column_turns")
+"""A row of the table of programs: matrix, tile of the rows and of the columns, where it leaves sums and partial second
+moments, and in which steps the moments: bit i, for those of ``clock`` i modulo PERIOD (0: the tile is not rotated)."""
+
+GROUP = ("matrix", "tile", "first", "programs", "shares")
+"""A row of the table of groups: matrix, tile, where its partial second moments begin, how many programs have one, and
+in how many shares they take turns."""
 
 NUMBERS = ("mean", "square", "pair", "step", "lr", "usable", "keep", "floor", "before", "within", "sign", "l2",
-           "newest")  # fmt: skip
+           "newest", "clock")  # fmt: skip
 """A row of ``numbers``: those of a stack; whether the gradient is usable; 1 - lr weight_decay; ``step.floor``; the
 weight of the innovation in the second moments if they are taken before the step, or within it, else 0; the sign of
-gradients; L2 decay; and ``1 - beta2``."""
+gradients; L2 decay; ``1 - beta2``; and the gradients seen, by which shares take turns."""
 
 USABLE, BEFORE, WITHIN = (NUMBERS.index(name) for name in ("usable", "before", "within"))
+
+PERIOD = 12
+"""Steps after which the turns of 1, 2, 3 and 4 shares come again."""
 
 
 class Axis(NamedTuple):
@@ -52,6 +58,7 @@ class Axis(NamedTuple):
         stages: of its rotation, or one of plain tiles.
         rest: all of the axis as plain tiles, for levels after its last stage.
         lead: outputs of a group that go on; 0 in a full plan.
+        shares: of its tiles, that take turns in the second moments of the other axis's leaves.
         matrices: ``(count, numel)``; None if the axis is not rotated.
         moments: the same.
     """
@@ -60,6 +67,7 @@ class Axis(NamedTuple):
     stages: Sequence[Stage]
     rest: Stage
     lead: int = 0
+    shares: int = 1
     matrices: Tensor | None = None
     moments: Tensor | None = None
 
@@ -204,11 +212,15 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
     # Stable, as in ``_slots``: what a kernel adds up has one order.
     places = torch.empty_like(of_all).index_copy_(0, of_all.argsort(stable=True), torch.arange(len(of_all)))
     sums = of_all.bincount()
+    shares = [torch.tensor([part.axes[1 - i].shares for part in parts]).repeat_interleave(torch.tensor(counts))
+              for i in (0, 1)]  # fmt: skip
     levels, partials = [], [0, 0]
     pools = 0, int(parts[0].axes[0].width != parts[0].axes[1].width)
     for own, place in zip(programs, places.split(list(map(len, programs))), strict=True):
-        slots, groups = zip(*(_slots(own, i, rows, partials, pools[i]) for i in (0, 1)), strict=True)
-        own = torch.cat([own, torch.stack([place, *slots], dim=1)], dim=1).int()
+        # At the leaves alone: later levels' coordinates are of many columns.
+        turns = [x if not levels else torch.ones_like(x) for x in shares]
+        slots, turns, groups = zip(*(_slots(own, i, rows, turns[i], partials, pools[i]) for i in (0, 1)), strict=True)
+        own = torch.cat([own, torch.stack([place, *slots, *turns], dim=1)], dim=1).int()
         pooled = [torch.cat([groups[i] for i in (0, 1) if pools[i] == pool] or [groups[0][:0]]) for pool in (0, 1)]
         on_device = [tiles.to_device(x, device) for x in (own, *pooled)]
         levels.append(Level(on_device[0], on_device[1:]))
@@ -235,20 +247,31 @@ def _pairs(matrix: Tensor, rows: "Tiles", columns: "Tiles") -> Tensor:
     return torch.stack(own, dim=-1).flatten(0, 1)
 
 
-def _slots(programs: Tensor, axis: int, rows: Tensor, partials: list[int], pool: int) -> tuple[Tensor, Tensor]:
-    """Where the programs of a level leave their partial moments of an axis, those of a tile side by side; the groups.
+def _slots(
+    programs: Tensor, axis: int, rows: Tensor, shares: Tensor, partials: list[int], pool: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the programs of a level leave their partial moments of an axis, and when; and the groups.
 
-    ``partials`` of the pool counts on.
+    Those of a tile lie side by side; shares of them, in as many steps, have the same places. ``partials`` of the pool
+    counts on.
     """
     own = programs[:, 1 + axis]
     turned = (rows[own, TILE.index("matrix")] != 0).nonzero().view(-1)
     turned = turned[own[turned].argsort(stable=True)]
-    slots = torch.full_like(own, -1).index_copy_(0, turned, partials[pool] + torch.arange(len(turned)))
     tile, counts = own[turned].unique_consecutive(return_counts=True)
-    firsts = partials[pool] + counts.cumsum(0) - counts
-    matrix = programs[turned, 0][counts.cumsum(0) - counts]
-    partials[pool] += len(turned)
-    return slots, torch.stack([matrix, tile, firsts, counts], dim=1).int()
+    last = counts.cumsum(0)
+    matrix = programs[turned, 0][last - counts]
+    share_of, room = shares[matrix], -(-counts // shares[matrix])
+    firsts = partials[pool] + room.cumsum(0) - room
+    partials[pool] += int(room.sum())
+    # Share i is the programs from ``i counts // shares`` on, as ``butterfly_opt.plan.share_bounds`` cuts tiles.
+    number = torch.arange(len(turned)) - (last - counts).repeat_interleave(counts)
+    first, count, of = (x.repeat_interleave(counts) for x in (firsts, counts, share_of))
+    share = ((number + 1) * of - 1) // count
+    bits = (torch.arange(PERIOD) % of[:, None] == share[:, None]) << torch.arange(PERIOD)
+    slots = torch.zeros_like(own).index_copy_(0, turned, first + number - share * count // of)
+    turns = torch.zeros_like(own).index_copy_(0, turned, bits.sum(1))
+    return slots, turns, torch.stack([matrix, tile, firsts, counts, share_of], dim=1).int()
 
 
 def _matrix_rows(parts: Sequence[Part]) -> Tensor:

@@ -217,8 +217,6 @@ class Stack:
         total, names, bases = self._count * batch, AVERAGES[options["diagonal"]], basis_names(layouts[0])
         self._names = [*COUNTERS, *names, *(name for names in bases for name in names)]
         self.averages = {name: self._join(name).view(total, rows, columns) for name in names}
-        # A counter for each tensor of a batch: they step together.
-        self.counters = {name: self._join(name) for name in COUNTERS}
         self.rotations: list[tuple[int, Rotation | ShardedRotation]] = []
         for dim, (matrices, moments) in zip(layouts[0].rotated, bases, strict=True):
             basis = [self._join(name) for name in (matrices, moments)]
@@ -230,7 +228,8 @@ class Stack:
             dim: torch.repeat_interleave(torch.tensor(bounds).diff()).to(device)
             for dim, bounds in self._bounds.items() if options["capturable"]
         }  # fmt: skip
-        self._views = [(state, name, state[name]) for state in states for name in self._names]
+        # A counter for each tensor of a batch: they step together.
+        self.count_in({name: self._join(name) for name in COUNTERS})
 
     def _join(self, name: str) -> Tensor:
         """A state of all tensors in one storage, ``(tensors, *shape)``; the states become views of it."""
@@ -478,7 +477,7 @@ def make_cohorts(layouts: Sequence[TensorLayout], states: Sequence[State], optio
     for stack in stacks:
         # By dtype too: the floor under the scale depends on it.
         alike[stack.layouts[0].owner.device, stack.layouts[0].dtype].append(stack)
-    return [Cohort(stacks) for stacks in alike.values()]
+    return [Cohort(own) for own in alike.values()]
 
 
 async def settled(result: Any) -> Any:

@@ -187,9 +187,9 @@ def parameters(stack: Stack) -> Tensor:
 
 def write_(stack: Stack, change: Tensor) -> None:
     """``theta <- theta (1 - lr weight_decay) + change``, rounded once; parameters without a gradient stay."""
-    options, numbers, dtype = stack.options, Numbers(*stack.rows), stack.params[0].dtype
+    options, dtype = stack.options, stack.params[0].dtype
     decays = bool(options["weight_decay"]) and options["decoupled_weight_decay"]
-    keep = 1 - numbers.lr * options["weight_decay"] if decays else None
+    keep = 1 - Numbers(*stack.rows).lr * options["weight_decay"] if decays else None
     is_mixed, each = dtype != change.dtype, len(stack.params) // len(stack.layouts)
     if is_mixed:
         theta = parameters(stack)
@@ -197,7 +197,7 @@ def write_(stack: Stack, change: Tensor) -> None:
     changes = stack.scatter(change)
     if is_mixed and options["stochastic_rounding"] and dtype == torch.bfloat16:
         # A tuple repeated: in ``flat`` all parameters share the numbers of the only tensor.
-        own = zip(changes, stack.streams, numbers.step.unbind() * each, strict=True)
+        own = zip(changes, stack.streams, Numbers(*stack.rows).step.unbind() * each, strict=True)
         changes = [round_stochastically(value, stream=stream, step=step) for value, stream, step in own]
     moving = [i for i, param in enumerate(stack.params) if param.grad is not None]
     params, changes = [local(stack.params[i]) for i in moving], [changes[i] for i in moving]

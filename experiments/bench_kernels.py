@@ -111,10 +111,11 @@ def step_bytes(
         itemsize: bytes of a number of parameters and gradients.
     """
     from butterfly_opt.fused import tiles
-    from butterfly_opt.plan import make_plan
+    from butterfly_opt.plan import make_plan, share_bounds
 
     sides = [(make_plan(n, block, lead), other) for dim, n, other in ((-2, rows, columns), (-1, columns, rows))
              if dim in rotated]  # fmt: skip
+    plans = {plan.n: plan for plan, _ in sides}
     # Vectors that are averaged, u and w; vectors that are rotated, m too; averages of products: A, B and C.
     vectors, products = (2, 3) if diagonal == "secant" else (1, 1)
     found = dict.fromkeys(("leaves", "later levels", "moments", "back, later", "back, leaves"), 0.0)
@@ -137,8 +138,10 @@ def step_bytes(
             if i < len(plan.stages):
                 share = sum(run.span for run in plan.stages[i].runs) / plan.n
                 matrices = 4 * sum(run.numel for run in plan.stages[i].runs) / (rows * columns)
-                # Half a moment, in fours, for each tile: written and read.
-                found["moments"] += 4 * share * (tiles.width_of(plan.n) + 4) / tiles.width_of(other) + 2 * matrices
+                # Half a moment, in fours, for each tile whose turn it is: written and read.
+                shares = len(share_bounds(other, plans.get(other))) - 1 if i == 0 else 1
+                partial = 4 * share * (tiles.width_of(plan.n) + 4) / tiles.width_of(other)
+                found["moments"] += partial / shares + 2 * matrices
                 found[name] += matrices
                 found[back] += matrices
     return {**found, "together": sum(found.values())}

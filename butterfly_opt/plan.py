@@ -133,28 +133,6 @@ def _plan(n: int, block: int, lead: int) -> Plan:
     return Plan(n, block, lead, _full_stages(n, block) if lead == block else _leading_stages(n, block, lead))
 
 
-SHARES = 4
-"""Shares of an axis, of which one at a time goes into the second moments of the other axis's leaves. They are the
-costliest; with one column in four of every gradient they see as many gradients (experiments/NOTES.md)."""
-
-
-def share_bounds(n: int, plan: Plan | None) -> list[int]:
-    """Where the shares of an axis begin, and its length: whole tiles of ``triton_kernels.tiles``, at most SHARES.
-
-    Args:
-        n: length of the axis.
-        plan: of its rotation; None if it is not rotated.
-    """
-    starts, first = [], 0
-    for run in plan.stages[0].runs if plan is not None and plan.stages else ():
-        # As many groups as fit, or one of more.
-        starts += range(first, first + run.span, run.size * max(1, TILE // run.size))
-        first += run.span
-    starts += range(first, n, TILE)
-    shares = min(SHARES, len(starts))
-    return [*(starts[i * len(starts) // shares] for i in range(shares)), n]
-
-
 TILE = 64
 """Coordinates of the largest tile of the kernels, which take a share as whole tiles."""
 
@@ -171,7 +149,8 @@ def share_bounds(n: int, plan: Plan | None) -> list[int]:
         n: length of the axis.
         plan: of its rotation; None if it is not rotated.
     """
-    starts, first = [], 0
+    starts: list[int] = []
+    first = 0
     for run in plan.stages[0].runs if plan is not None and plan.stages else ():
         starts += range(first, first + run.span, run.size * max(1, TILE // run.size))
         first += run.span

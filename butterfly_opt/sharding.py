@@ -108,9 +108,7 @@ class ShardedRotation:
         assert self.meeting is not None
         return await self.meeting.gather_heads(self.inner.to_rotated(values))
 
-    async def _observe_(
-        self, rotation: Rotation, values: Tensor, weight: Tensor, leaves: Tensor | None = None
-    ) -> None:
+    async def _observe_(self, rotation: Rotation, values: Tensor, weight: Tensor, leaves: Tensor | None = None) -> None:
         own = rotation.second_moments(values, leaves=leaves)
         rotation.take_moments_(own if self.over is None else await Sum(own, self.over), weight)
 

@@ -29,7 +29,6 @@ from torch import Tensor
 from butterfly_opt.plan import Plan, Run, Stage
 from butterfly_opt.rotation import Rotation, identity_matrices
 
-
 TURNS = 4
 """Times that V and U are turned: held-out nats of digits, (16, 4) and (32, 8), are 42.2 / 45.4 with none, 42.8 / 45.9
 with 4, 42.9 / 46.0 with 8 and with 16; factor analysis of equal memory 42.4 / 45.8."""

@@ -139,9 +139,9 @@ def step_bytes(
                 share = sum(run.span for run in plan.stages[i].runs) / plan.n
                 matrices = 4 * sum(run.numel for run in plan.stages[i].runs) / (rows * columns)
                 # Half a moment, in fours, for each tile whose turn it is: written and read.
-                shares = len(share_bounds(other, plans.get(other))) - 1 if i == 0 else 1
+                turns = len(share_bounds(other, plans.get(other))) - 1 if i == 0 else 1
                 partial = 4 * share * (tiles.width_of(plan.n) + 4) / tiles.width_of(other)
-                found["moments"] += partial / shares + 2 * matrices
+                found["moments"] += partial / turns + 2 * matrices
                 found[name] += matrices
                 found[back] += matrices
     return {**found, "together": sum(found.values())}

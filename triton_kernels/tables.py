@@ -214,12 +214,15 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
     sums = of_all.bincount()
     shares = [torch.tensor([part.axes[1 - i].shares for part in parts]).repeat_interleave(torch.tensor(counts))
               for i in (0, 1)]  # fmt: skip
-    levels, partials = [], [0, 0]
+    levels: list[Level] = []
+    partials = [0, 0]
     pools = 0, int(parts[0].axes[0].width != parts[0].axes[1].width)
     for own, place in zip(programs, places.split(list(map(len, programs))), strict=True):
         # At the leaves alone: later levels' coordinates are of many columns.
-        turns = [x if not levels else torch.ones_like(x) for x in shares]
-        slots, turns, groups = zip(*(_slots(own, i, rows, turns[i], partials, pools[i]) for i in (0, 1)), strict=True)
+        own_shares = [x if not levels else torch.ones_like(x) for x in shares]
+        slots, turns, groups = zip(
+            *(_slots(own, i, rows, own_shares[i], partials, pools[i]) for i in (0, 1)), strict=True
+        )
         own = torch.cat([own, torch.stack([place, *slots, *turns], dim=1)], dim=1).int()
         pooled = [torch.cat([groups[i] for i in (0, 1) if pools[i] == pool] or [groups[0][:0]]) for pool in (0, 1)]
         on_device = [tiles.to_device(x, device) for x in (own, *pooled)]

@@ -37,8 +37,8 @@ MAX_GROWTH = 2.0
 
 HISTORY = 50
 """Pairs: 100 numbers a coordinate, beside the 340 of P. Gradients to 1e-4 of a logistic regression, l2 = 1e-2 / 1e-4:
-in blocks of 64 85 / 79, on P without a history never / 418, on the identity alone 38 / 85; in one dense block 38 / 72,
-30 / 197 and 38 / 85. Loss of a small physics-informed network after 300: 2e-4, 7e-3, 2e-3; torch's L-BFGS 1.3e-3."""
+in blocks of 64 44 / 93, on P without a history never / 418, on the identity alone 38 / 85; in one dense block 28 / 60,
+30 / 197 and 38 / 85. Loss of a small physics-informed network after 300: 3e-5, 7e-3, 2e-3; torch's L-BFGS 1.3e-3."""
 
 TRUST_BETA = 0.8
 """Decay of the errors that choose the metric: the last five pairs or so."""

@@ -120,6 +120,7 @@ USES = {
     "operators",
     "orthogonal",
     "probe",
+    "sweep",
 }
 """Modules of `butterfly_opt` that decide no step in plain torch; `fused` computes the same with kernels."""
 

@@ -245,9 +245,9 @@ def test_tables_are_built_again_only_when_something_changes():
 
 @pytest.mark.parametrize("rows, columns", [(4096, 4096)])
 def test_bytes_of_a_step_are_within_their_bounds(rows, columns):
-    for diagonal, bound in (("innovation", 63), ("secant", 103)):
+    for diagonal, bound in (("innovation", 56), ("secant", 97)):
         found = step_bytes(rows, columns, diagonal=diagonal)
-        assert found["moments"] <= 12
+        assert found["moments"] <= 6
         assert found["together"] <= bound
 
 

@@ -4,7 +4,8 @@ Formulas, in the names of ``butterfly_opt.step``, for a tile of the rows and one
 
     forth   of the leaves   y = g - gbar,  gbar <- gbar + a y;    secant: s = theta - thetabar,  thetabar += a s
                             u, m, w = y, gbar + a (1 - a) y, s;    flag = any(gbar = 0)
-            every level     partial second moments u u^T and u^T u, of the rows and of the columns
+            every level     partial second moments u u^T and u^T u, of the rows and of the columns; of the leaves a
+                            share at a time (``butterfly_opt.plan.SHARES``)
                             u, m, w <- B_r^T (u, m, w) B_c
             averages        A <- A + b (u^2 - A);        secant: B <- B + b' (w^2 - B),  C <- C + b' (u w - C)
             direction       d = m / (sqrt(V + signal m^2) + floor),   V = A or of ``butterfly_opt.diagonal.regress``
@@ -31,10 +32,11 @@ the next level (``experiments.bench_kernels.step_bytes`` counts them from the pl
     forth, leaves     g, gbar, gbar' 12; final A, A', d 12;   g, gbar, theta, thetabar, gbar', thetabar', u, w 32; final
                       others u, m 8                           A, B, C both ways, d 28; others m 4
     later levels      u, m 8; final A, A', d 12; others 8     u, w, m, u', w' 20; the same
-    moments           halves, written and read 6              the same
+    moments           halves, of a quarter of the leaves'     the same
+                      tiles, written and read 5
     back, later       d, d' 8                                 the same
     back, leaves      d, theta, theta' 12                     the same
-    together          62                                      103
+    together          56                                      96
 """
 
 from typing import Any

@@ -172,6 +172,11 @@ def fit_covariance(
     # In float64 to the end: in float32 the inverse of images' covariances is rounding.
     fit = fit_checked(covariance, "logdet", block=block, lead=lead, rotations=rotations)
     fit = replace(fit, operator=fit.operator.to(dtype))
+    d = fit.operator.d
+    if not (torch.isfinite(d).all() and (d > 0).all()):
+        raise ValueError(
+            f"variances from {d.min():.3g} to {d.max():.3g} do not fit {dtype}: scale the samples, or pass float64"
+        )
     return CovarianceFit(**vars(fit), loc=loc.to(dtype), count=count, shrinkage=amount)
 
 

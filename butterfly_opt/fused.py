@@ -191,6 +191,7 @@ def _start_(own: Member) -> None:
     y = torch.where(own.stack.per_tensor(own.usable), y, 0.0)
     for dim, rotation in own.stack.whole_rotations:
         rotation.start_(y if dim == -2 else y.mT)
+        rotation.scale_leaves_(1 / own.stack.shares(dim))
 
 
 def _forth_(operands: tables.Operands, gate: int, *, is_step: bool, observed: int | None) -> None:

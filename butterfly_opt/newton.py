@@ -41,7 +41,7 @@ in blocks of 64 44 / 93, on P without a history never / 418, on the identity alo
 30 / 197 and 38 / 85. Loss of a small physics-informed network after 300: 3e-5, 7e-3, 2e-3; torch's L-BFGS 1.3e-3."""
 
 TRUST_BETA = 0.8
-"""Decay of the errors that choose the metric: the last five pairs or so."""
+"""Decay of the errors that weight the metrics: the last five pairs or so."""
 
 MAX_HALVINGS = 20
 """After so many halvings the loss is not what the gradient says: go on from where it is."""
@@ -143,8 +143,9 @@ def _take_pair_(stack: Stack, grad: Tensor) -> None:
 
 def _remember_pair_(state: State, s: Tensor, y: Tensor) -> None:
     """Takes a pair of positive curvature into the history, and how well either metric foretold it."""
-    # So written that a NaN is left out too.
-    if not s @ y > torch.finfo(s.dtype).eps * s.norm() * y.norm():
+    # So written that a NaN is left out too; and what underflows, or the identity could not agree with the pair.
+    finfo = torch.finfo(s.dtype)
+    if not s @ y > finfo.eps * s.norm() * y.norm() or y @ y < finfo.tiny:
         return
     # Before the pair is taken in, or it would foretell itself.
     if state["pairs"] > 0:
@@ -168,10 +169,11 @@ def _apply_history(state: State, grad: Tensor, weights: Tensor) -> Tensor:
     for s, y, curvature in reversed(pairs):
         shares.append(s @ grad / curvature)
         grad = grad - shares[-1] * y
-    scales = weights.to(grad)
+    # Without a pair nothing says how long a step of the identity is.
+    scales = grad.new_tensor([1.0, 0.0])
     if pairs:
         _, y, curvature = pairs[-1]
-        scales = scales * curvature / (metrics(y) @ y)
+        scales = weights.to(grad) * curvature / (metrics(y) @ y)
     direction = scales @ metrics(grad)
     for (s, y, curvature), share in zip(pairs, reversed(shares), strict=True):
         direction = direction + s * (share - y @ direction / curvature)

@@ -199,6 +199,12 @@ class Rotation:
             for moment, matrix in zip(moments, matrices, strict=True):
                 matrix.copy_(_eigenvectors(moment))
 
+    def scale_leaves_(self, factor: float) -> None:
+        """Multiplies the second moments of the first stage: that far their past counts beside what comes."""
+        if self.plan.stages:
+            for moment in self._known_moments()[0]:
+                moment.mul_(factor)
+
     def _entering(
         self, values: Tensor, leaves: Tensor | None = None
     ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:

@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from inspect import iscoroutine
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -225,8 +225,8 @@ class Stack:
         self._bounds = {dim: _share_bounds(layouts[0], -3 - dim, options) for dim in layouts[0].rotated}
         # Of each column its share: what is captured must be on the device before.
         self._shares = {
-            dim: torch.repeat_interleave(torch.tensor(bounds).diff()).to(device)
-            for dim, bounds in self._bounds.items() if options["capturable"]
+            dim: torch.cat([torch.full((high - low,), i, device=device) for i, (low, high) in enumerate(pairwise(own))])
+            for dim, own in self._bounds.items() if options["capturable"]
         }  # fmt: skip
         # A counter for each tensor of a batch: they step together.
         self.count_in({name: self._join(name) for name in COUNTERS})
@@ -325,10 +325,13 @@ class Stack:
             u = await settled(rotation.from_rotated(u, dim=dim))
         return u
 
+    def shares(self, dim: int) -> int:
+        """How many shares take turns in the second moments of an axis's leaves; a start sees all of them at once."""
+        return len(self._bounds[dim]) - 1
+
     def share(self, dim: int, values: Tensor) -> Tensor | None:
         """The columns of ``values`` that leaves of an axis see in this step, see ``plan.SHARES``; None for all."""
-        bounds = self._bounds[dim]
-        count = len(bounds) - 1
+        bounds, count = self._bounds[dim], self.shares(dim)
         if count == 1:
             return None
         if self.options["capturable"]:
@@ -444,9 +447,13 @@ def make_stacks(layouts: Sequence[TensorLayout], states: Sequence[State], option
 
 
 def _share_bounds(layout: TensorLayout, dim: int, options: Any) -> list[int]:
-    """``share_bounds`` of an axis; of one that is cut, where those of the whole axis lie in this process's part."""
+    """``share_bounds`` of an axis; of one that is cut, where those of the whole axis lie in this process's part.
+
+    So that shards step as the whole does; where each holds less than a share, they work one after the other.
+    """
     cut = dict(layout.cuts if layout.cross_shard else ()).get(dim)
-    n = layout.shape[dim] if cut is None else cut.n
+    # A shard may be empty.
+    n = max(1, layout.shape[dim] if cut is None else cut.n)
     plan = make_plan(n, options["block"], options["lead"]) if dim in layout.rotated else None
     bounds = share_bounds(n, plan)
     first = 0 if cut is None else sum(cut.sizes[: cut.index])

@@ -137,6 +137,10 @@ async def fit_basis_(stack: Stack, y: Tensor, n: Numbers, usable: Tensor) -> Non
         await settled(rotation.observe_(values, weight, leaves=stack.share(dim, values)))
         if refits:
             await settled(rotation.refit_(refitted))
+    if stack.calls == 1:
+        # They saw all columns: as heavy as the shares to come.
+        for dim, whole in stack.whole_rotations:
+            whole.scale_leaves_(1 / stack.shares(dim))
 
 
 def floor(eps: float | Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:

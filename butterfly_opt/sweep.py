@@ -33,8 +33,8 @@ TURNS = 4
 """Times that V and U are turned: held-out nats of digits, (16, 4) and (32, 8), are 42.2 / 45.4 with none, 42.8 / 45.9
 with 4, 42.9 / 46.0 with 8 and with 16; factor analysis of equal memory 42.4 / 45.8."""
 
-MAX_SHORTENINGS = 4
-"""Times that a turn that does not help is halved."""
+MAX_LENGTHS = 4
+"""Lengths of a turn that are tried, each half the one before."""
 
 
 def sweep(matrix: Tensor, plan: Plan, criterion: str, *, turns: int = TURNS) -> Rotation:
@@ -89,7 +89,7 @@ def _blocks(matrix: Tensor, runs: tuple[Run, ...]) -> list[Tensor]:
 
 
 def _leading(matrix: Tensor, inverse: Tensor | None, stage: Stage, lead: int, turns: int) -> list[Tensor]:
-    """Eigenvectors of the groups, those most coupled to other groups first."""
+    """Eigenvectors of the groups, those most coupled to other groups first; with "logdet" turned from there."""
     found = []
     rows = matrix.split([run.span for run in stage.runs])
     others = _blocks(matrix if inverse is None else inverse, stage.runs)
@@ -131,7 +131,7 @@ def _turned(vectors: Tensor, matrix: Tensor, inverse: Tensor, lead: int, turns: 
         # At most a radian or so; from a maximum downhill, too.
         angles = -slope / torch.maximum(bend.abs(), 1 + slope.abs())
         share = torch.ones_like(shared)
-        for _ in range(MAX_SHORTENINGS):
+        for _ in range(MAX_LENGTHS):
             own = share[..., None, None] * angles
             q = torch.linalg.qr(torch.cat([u - v @ own, v + u @ own.mT], -1)).Q
             after = _shared(q[..., lead:], matrix, inverse)

@@ -191,6 +191,14 @@ def test_float32_samples_are_fitted_in_float64():
     torch.testing.assert_close(fit.operator.d, exact.operator.d.float())
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_variances_beyond_float32_are_refused(scale):
+    samples = normal(300, 20).float() * scale
+    with pytest.raises(ValueError, match="variances from .* do not fit torch.float32: scale the samples"):
+        fit_covariance(samples)
+    assert (fit_covariance(samples.double()).operator.d > 0).all()
+
+
 def test_covariances_are_those_of_scikit_learn(digits, covariance):
     fit = fit_covariance(digits, shrinkage=0.01)
     assert relative(fit.operator.to_dense(), covariance) < 1e-12

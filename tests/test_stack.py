@@ -231,6 +231,37 @@ def test_captured_steps_see_the_same_shares():
     torch.testing.assert_close(*runs)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_captured_shares_need_no_data(device):
+    param = torch.nn.Parameter(torch.zeros(70, 200, device=device))
+    opt = Butterfly([param], capturable=True)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        opt.step()
+    (made,) = made_stacks(opt)
+    assert made.share(-2, torch.empty(1, 70, 200, device=device)).shape == (1, 70, 200)
+
+
+def test_a_start_counts_as_one_gradient():
+    """It sees all columns, later gradients a quarter: the first must not weigh four times as much."""
+    param = torch.nn.Parameter(torch.zeros(70, 300))
+    opt = Butterfly([param], lr=0.0, backend="torch")
+    shares = []
+    for step in range(5):
+        # Innovations: of rows 0 and 1 in turn, of the same size.
+        row = torch.zeros(70, 300)
+        row[int(step > 0)] = 1.0
+        param.grad = row + (opt.state[param]["exp_avg"] if step else 0.0)
+        opt.step()
+        (own,) = made_stacks(opt)
+        first = own.rotations[0][1]
+        (leaves, *_), *_ = first._known_moments()
+        diagonal = leaves[0, 0].diagonal()
+        shares.append(float(diagonal[0] / diagonal.sum()))
+    weights = torch.tensor([0.95**i for i in range(5)])
+    assert shares[-1] == pytest.approx(float(weights[4] / weights.sum()), rel=0.02)
+
+
 @pytest.mark.parametrize("shards", [2, 3])
 def test_shares_of_a_cut_axis_are_those_of_the_whole(shards):
     options = {"block": 64, "lead": 16}
@@ -241,3 +272,10 @@ def test_shares_of_a_cut_axis_are_those_of_the_whole(shards):
         layout = TensorLayout((torch.empty(0),), (1, 70, cut.sizes[index]), (-2, -1), cuts=((-1, cut),))
         lengths += torch.tensor(stack._share_bounds(layout, -1, options)).diff()
     assert torch.equal(lengths, torch.tensor(whole).diff())
+
+
+def test_an_empty_shard_has_empty_shares():
+    cut = Cut(9, 1, 4, 3, 0, None)
+    assert cut.sizes[3] == 0
+    layout = TensorLayout((torch.empty(0),), (1, 0, 40), (-1,), cuts=((-2, cut),), cross_shard=False)
+    assert set(stack._share_bounds(layout, -2, {"block": 64, "lead": 16})) == {0}

@@ -121,6 +121,24 @@ def test_newton_goes_on_after_a_rate_of_zero() -> None:
         assert torch.equal(before, weight) == (lr == 0.0)
 
 
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1.0])
+def test_newton_steps_stay_finite_where_products_of_gradients_underflow(scale):
+    for seed in range(3):
+        x = torch.randn(10, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        h = scale * torch.linspace(1, 30, 10)
+        optimizer = Butterfly([x], lr=1.0, diagonal="newton", block=16, lead=2)
+
+        def closure(x=x, h=h, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = 0.5 * (h * x * x).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(120):
+            optimizer.step(closure)
+        assert torch.isfinite(x).all()
+
+
 def test_newton_needs_fewer_gradients_than_adam_and_momentum():
     """Digits logistic regression, gradients to 1e-4: 44, more than 300, 162."""
 

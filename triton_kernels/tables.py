@@ -30,9 +30,9 @@ MATRIX = ("exp_avg", "exp_avg_sq", "param_avg", "disp_sq", "cross", "first", "co
 columns, elements, stream of random numbers, position of its first element in the parameter, and its programs: the first
 place of their sums, their number."""
 
-PROGRAM = ("matrix", "row", "column", "place", "row_partial", "column_partial", "row_turns", "column_turns")
+PROGRAM = ("matrix", "row", "column", "place", "row_partial", "column_partial", "row_schedule", "column_schedule")
 """A row of the table of programs: matrix, tile of the rows and of the columns, where it leaves sums and partial second
-moments, and in which steps the moments: bit i, for those of ``clock`` i modulo PERIOD (0: the tile is not rotated)."""
+moments, and a schedule of the moments: bit i is set for steps of ``clock`` i modulo PERIOD (0: the tile is not rotated)."""
 
 GROUP = ("matrix", "tile", "first", "programs", "shares")
 """A row of the table of groups: matrix, tile, where its partial second moments begin, how many programs have one, and
@@ -220,10 +220,10 @@ def make_tables(parts: Sequence[Part], device: torch.device) -> Tables:
     for own, place in zip(programs, places.split(list(map(len, programs))), strict=True):
         # At the leaves alone: later levels' coordinates are of many columns.
         own_shares = [x if not levels else torch.ones_like(x) for x in shares]
-        slots, turns, groups = zip(
+        slots, schedules, groups = zip(
             *(_slots(own, i, rows, own_shares[i], partials, pools[i]) for i in (0, 1)), strict=True
         )
-        own = torch.cat([own, torch.stack([place, *slots, *turns], dim=1)], dim=1).int()
+        own = torch.cat([own, torch.stack([place, *slots, *schedules], dim=1)], dim=1).int()
         pooled = [torch.cat([groups[i] for i in (0, 1) if pools[i] == pool] or [groups[0][:0]]) for pool in (0, 1)]
         on_device = [tiles.to_device(x, device) for x in (own, *pooled)]
         levels.append(Level(on_device[0], on_device[1:]))
@@ -273,8 +273,8 @@ def _slots(
     share = ((number + 1) * of - 1) // count
     bits = (torch.arange(PERIOD) % of[:, None] == share[:, None]) << torch.arange(PERIOD)
     slots = torch.zeros_like(own).index_copy_(0, turned, first + number - share * count // of)
-    turns = torch.zeros_like(own).index_copy_(0, turned, bits.sum(1))
-    return slots, turns, torch.stack([matrix, tile, firsts, counts, share_of], dim=1).int()
+    schedule = torch.zeros_like(own).index_copy_(0, turned, bits.sum(1))
+    return slots, schedule, torch.stack([matrix, tile, firsts, counts, share_of], dim=1).int()
 
 
 def _matrix_rows(parts: Sequence[Part]) -> Tensor:

@@ -194,7 +194,7 @@ def test_float32_samples_are_fitted_in_float64():
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_variances_beyond_float32_are_refused(scale):
     samples = normal(300, 20).float() * scale
-    with pytest.raises(ValueError, match="variances from .* do not fit torch.float32: scale the samples"):
+    with pytest.raises(ValueError, match=r"variances from .* do not fit torch\.float32: scale the samples"):
         fit_covariance(samples)
     assert (fit_covariance(samples.double()).operator.d > 0).all()
 

@@ -32,7 +32,8 @@ place of their sums, their number."""
 
 PROGRAM = ("matrix", "row", "column", "place", "row_partial", "column_partial", "row_schedule", "column_schedule")
 """A row of the table of programs: matrix, tile of the rows and of the columns, where it leaves sums and partial second
-moments, and a schedule of the moments: bit i is set for steps of ``clock`` i modulo PERIOD (0: the tile is not rotated)."""
+moments, and a schedule of the moments: bit i is that of steps of ``clock`` i modulo PERIOD (0: a tile that is not
+rotated)."""
 
 GROUP = ("matrix", "tile", "first", "programs", "shares")
 """A row of the table of groups: matrix, tile, where its partial second moments begin, how many programs have one, and

@@ -19,6 +19,14 @@ def new_rotation(plan: Plan, count: int) -> Rotation:
     return Rotation(plan, matrices, torch.zeros_like(matrices))
 
 
+class Segments(list[Rotation]):
+    """What the segments rotate by themselves."""
+
+    def scale_leaves_(self, factor: float) -> None:
+        for rotation in self:
+            rotation.scale_leaves_(factor)
+
+
 class SegmentedRotation:
     """``Rotation`` of an axis in segments, of whole tensors in float64.
 
@@ -31,7 +39,7 @@ class SegmentedRotation:
     def __init__(self, sizes: list[int], block: int, lead: int, count: int, *, most: int) -> None:
         self.sizes, self.heads = sizes, [min(most, size) for size in sizes]
         plans = [make_plan(n, block, lead) if n > most else Plan(n, block, lead, ()) for n in sizes]
-        self.inner = [new_rotation(plan, count) for plan in plans]
+        self.inner = Segments(new_rotation(plan, count) for plan in plans)
         self.outer = new_rotation(make_plan(sum(self.heads), block, lead), count)
         starts = list(accumulate(sizes, initial=0))
         self.at = torch.cat([start + torch.arange(h) for start, h in zip(starts, self.heads, strict=False)])
@@ -52,10 +60,11 @@ class SegmentedRotation:
         u = u.index_copy(1, self.at, self.outer.from_rotated(u[:, self.at]))
         return self._inner(u, "from_rotated")
 
-    def observe_(self, values: Tensor, weight: Tensor) -> None:
+    def observe_(self, values: Tensor, weight: Tensor, *, leaves: Tensor | None = None) -> None:
         heads = self._inner(values, "to_rotated")[:, self.at]
-        for rotation, part in zip(self.inner, values.split(self.sizes, dim=1), strict=True):
-            rotation.observe_(part, weight)
+        seen = (values if leaves is None else leaves).split(self.sizes, dim=1)
+        for rotation, part, own in zip(self.inner, values.split(self.sizes, dim=1), seen, strict=True):
+            rotation.observe_(part, weight, leaves=own)
         self.outer.observe_(heads, weight)
 
     def start_(self, values: Tensor) -> None:

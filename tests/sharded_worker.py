@@ -126,6 +126,7 @@ def distances(ranks: int) -> dict[str, tuple[float, float]]:
             "columns, secant": distance_from_one_process(matrices, (2,), [Shard(1)], **secant),
             "input channels": distance_from_one_process([(16, 6, 3, 3), (24, 10)], (2,), [Shard(1)]),
             "replicated": distance_from_one_process(SHAPES, (2,), [Replicate()]),
+            "shares": distance_from_one_process([(130, 12)], (2,), [Shard(0)]),
         }
     with pytest.MonkeyPatch.context() as patch:
         # As of many shards: one output of each goes on.

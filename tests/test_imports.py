@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "layout": {"collectives", "dtensor"},
     "options": {"layout", "plan"},
     "sharding": {"collectives", "dtensor", "layout", "options", "plan", "rotation"},
-    "stack": {"collectives", "dtensor", "layout", "rotation", "rounding", "sharding"},
+    "stack": {"collectives", "dtensor", "layout", "plan", "rotation", "rounding", "sharding"},
     "step": {"stack", "diagonal", "dtensor", "options", "rounding", "rotation"},
     "estimate": {"collectives", "secant", "stack", "step", "diagonal", "rotation", "basis", "operators"},
     "diagnostics": {"dtensor", "stack", "estimate", "rotation"},

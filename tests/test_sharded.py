@@ -52,7 +52,7 @@ def run_processes(folder: Path) -> None:
 @pytest.mark.parametrize("processes", ["2", "4"])
 def test_shards_step_as_one_process_with_the_same_plan(reports: dict[str, Any], processes: str) -> None:
     found = reports[processes]["distances"]
-    assert len(found) == {"2": 4, "4": 5}[processes]
+    assert len(found) == {"2": 5, "4": 5}[processes]
     for name, (distance, motion) in found.items():
         assert distance <= SAME_PLAN_TOLERANCE, name
         assert motion > 0.1, name

@@ -77,8 +77,8 @@ CASES: dict[str, dict[str, Any]] = {
         "diagonal": "secant",
     },
     "capturable": {"capturable": True, "steps": 3, "shapes": ((9, 8),)},
+    # Two shares take turns; tiles of one group, and of several.
     "shares": {"shapes": ((130, 70),), "block": 64, "lead": 16, "steps": 4, "refit_every": 2},
-    "shares of small groups": {"shapes": ((9, 200),), "steps": 4, "refit_every": 2},
     "shares, capturable": {"shapes": ((9, 130),), "capturable": True, "steps": 3},
     "a list of many kinds": {
         "shapes": ((2, 9, 5), (2, 9, 5), (1, 12, 9), (2, 3)), "batch_dims": 1, "bad_step": 2, "steps": 4,

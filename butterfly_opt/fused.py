@@ -309,8 +309,7 @@ def _part(stack: Stack) -> tables.Part:
 
 def _axis(length: int, width: int, rotation: Rotation | None, device: torch.device) -> tables.Axis:
     every, rest = (tiles.make_stage((), None, length, 0, width, lead=0, visited=v) for v in (True, False))
-    plan = None if rotation is None else rotation.plan
-    shares = len(share_bounds(length, plan)) - 1
+    shares = len(share_bounds(length, None if rotation is None else rotation.plan)) - 1
     if rotation is None:
         return tables.Axis(width, [every], rest, shares=shares)
     lead = 0 if rotation.plan.is_full else rotation.plan.lead

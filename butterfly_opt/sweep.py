@@ -105,7 +105,7 @@ def _leading(matrix: Tensor, inverse: Tensor | None, stage: Stage, lead: int, tu
             coupled = values.log() - alone.log()
         order = coupled.argsort(-1, descending=True)
         vectors = vectors.take_along_dim(order.unsqueeze(-2), dim=-1)
-        if inverse is not None and run.size < len(matrix):
+        if inverse is not None:
             vectors = _turned(vectors, own, other, lead, turns)
         found.append(vectors[None])
     return found
@@ -130,16 +130,16 @@ def _turned(vectors: Tensor, matrix: Tensor, inverse: Tensor, lead: int, turns: 
             bend += 2 * (k.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * rest.unsqueeze(-2) - 1 - z.square())
         # At most a radian or so; from a maximum downhill, too.
         angles = -slope / torch.maximum(bend.abs(), 1 + slope.abs())
-        share = torch.ones_like(shared)
+        length = torch.ones_like(shared)
         for _ in range(MAX_LENGTHS):
-            own = share[..., None, None] * angles
+            own = length[..., None, None] * angles
             q = torch.linalg.qr(torch.cat([u - v @ own, v + u @ own.mT], -1)).Q
             after = _shared(q[..., lead:], matrix, inverse)
             # False for a NaN too, of a matrix that is singular to rounding.
             falls = after < shared
             if falls.all():
                 break
-            share = torch.where(falls, share, share / 2)
+            length = torch.where(falls, length, length / 2)
         taken = falls[..., None, None]
         u, v = torch.where(taken, q[..., :lead], u), torch.where(taken, q[..., lead:], v)
         shared = torch.where(falls, after, shared)

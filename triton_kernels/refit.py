@@ -22,12 +22,11 @@ an entry. Profitable always: ``torch.linalg.qr`` of a batch is a loop over launc
 import triton
 import triton.language as tl
 
-from .tables import GROUP, NUMBERS, PERIOD, Operands
+from .tables import GROUP, NUMBERS, Operands
 from .tiles import _WIDE, block_offsets, halves, pointer, product, scaled
 
 _N = tl.constexpr(len(NUMBERS))
 _G = tl.constexpr(len(GROUP))
-_PERIOD = tl.constexpr(PERIOD)
 
 
 @triton.jit
@@ -48,7 +47,7 @@ def _observe_kernel(tiles_ptr, groups_ptr, numbers_ptr, partial_ptr, gate, WIDTH
     first = tl.load(groups_ptr + 2).to(tl.int64)
     programs = tl.load(groups_ptr + 3)
     shares = tl.load(groups_ptr + 4)
-    share = tl.load(numbers_ptr + 13).to(tl.int32) % _PERIOD % shares
+    share = tl.load(numbers_ptr + 13).to(tl.int32) % shares
     count = (share + 1) * programs // shares - share * programs // shares
     moment = tl.zeros((SLICE,), tl.float32)
     # In the order of the tables, without atomics: the same sum in every run.
